@@ -1,0 +1,303 @@
+"""The experiment: one frozen dataclass per section of the YAML file.
+
+A field whose default is `null` takes its value from the section's `preset` (see `resolve_image`,
+`resolve_generator`). Everything here is hashed into artifact names except `compute`, which may change freely.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column of the metadata holds what. Only used with `kind: csv` and `kind: parquet`."""
+
+    file: str = "file"
+    """Image path relative to `data.images`, or an `image` struct / bytes column for parquet."""
+    id: str | None = None
+    """Unique image id; null: the file path."""
+    label: str | None = None
+    """Class names (single-label), or several names joined by `data.labels.separator` (multi-label)."""
+    findings: dict[str, str] = field(default_factory=dict)
+    """Multi-label alternative to `label`: finding name -> column holding 1, 0, -1 (uncertain) or nothing."""
+    patient: str | None = None
+    """Patient (or lesion) id: no patient is ever in two splits."""
+    split: str | None = None
+    """Fixed splits: train, val or test. Honoured and checked."""
+    site: str | None = None
+    """Hospital or data set of origin."""
+    report: str | None = None
+    """Free text of the report or impression."""
+    attributes: dict[str, str] = field(default_factory=dict)
+    """Attribute name -> column, such as `sex: Sex`. `age` is read in years."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label vocabulary. Raw annotations are kept as they are; `policy` applies at use."""
+
+    kind: Literal["single", "multi"] = "single"
+    """single: one class an image; multi: any number of findings."""
+    classes: list[str] = field(default_factory=list)
+    """The vocabulary, in order; empty: the sorted class names found."""
+    separator: str = "|"
+    """Between several names in one `label` column (multi)."""
+    policy: dict[str, Literal["ignore", "zeros", "ones"]] = field(default_factory=dict)
+    """Finding -> what an uncertain (-1) or missing annotation means at use; default ignore."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How every image, real or synthetic, becomes pixels. Null fields follow `preset`."""
+
+    preset: Literal["general", "chest", "skin"] = "general"
+    """chest: grey, percentile value range, padded; skin: sRGB, centre crop; general: as stored, padded."""
+    size: int = 256
+    """Side of the square stored image, pixels."""
+    channels: Literal["grey", "rgb"] | None = None
+    fit: Literal["pad", "crop"] | None = None
+    """pad: longest side to `size`, black borders; crop: shortest side to `size`, centre crop."""
+    value_range: Literal["full", "percentile"] | None = None
+    """full: the stored range; percentile: 0.5 to 99.5 percentile of each image to 0..255."""
+    max_megapixels: float = 200.0
+    """Larger images are quarantined as decompression bombs."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Patient-safe stratified splits."""
+
+    val: float = 0.15
+    """Fraction of patients' images for validation (where the data fixes no split)."""
+    test: float = 0.25
+    """Fraction for test."""
+    seed: int = 0
+    patients: Literal["column", "hash", "none"] | None = None
+    """column: `data.columns.patient`; hash: images alike by exact or perceptual hash are one patient; none: every
+    image is its own patient. Null: column if mapped, else hash."""
+    hash_distance: int = 2
+    """Largest Hamming distance of 64-bit perceptual hashes that makes two images one patient."""
+    on_conflict: Literal["refuse", "quarantine"] = "refuse"
+    """A patient in two fixed splits: refuse the data, or keep the most held-out split and quarantine the rest."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The real images."""
+
+    kind: Literal["csv", "class_folders", "parquet", "digits"] = "csv"
+    """csv: a table and a folder of images; class_folders: one folder a class; parquet: images in the table;
+    digits: scikit-learn's 1,797 real 8 x 8 digits."""
+    path: str = ""
+    """The CSV file, the folder of class folders, or the parquet file or folder; local or s3://."""
+    images: str = ""
+    """Folder the CSV's file column is relative to; empty: the CSV's own folder."""
+    dataset: str = ""
+    """Name written in every row; empty: the experiment's name."""
+    licence: str = ""
+    """Licence of the images, copied into every artifact."""
+    columns: Columns = field(default_factory=Columns)
+    labels: Labels = field(default_factory=Labels)
+    image: ImageSpec = field(default_factory=ImageSpec)
+    split: Split = field(default_factory=Split)
+    age_bins: list[int] = field(default_factory=lambda: [18, 40, 60, 80])
+    """Cut points in years; adds the attribute `age_bin`."""
+    max_quarantined_fraction: float = 0.05
+    """More quarantined images than this end ingest with exit code 3."""
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The classifier's real images: a patient-safe, nested, seeded subset of the train split."""
+
+    n_per_class: int | None = None
+    """Real images a class (single-label) or positives a finding (multi-label); null: all."""
+    fraction: float | None = None
+    """Fraction of the train split; not together with `n_per_class`."""
+    seed: int = 0
+    """Another subset of the same size."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """The pixel-space conditional DDPM (Ho 2020; the Synthetically Enhanced family)."""
+
+    kind: Literal["ddpm"] = "ddpm"
+    preset: Literal["tiny", "small", "base", "paper"] = "tiny"
+    """tiny 0.7 M parameters (CPU, <= 32 px) ... paper: 128 channels, multipliers 1,1,2,2,4,4, 256 px."""
+    train_on: Literal["classifier_subset", "train", "donor"] = "classifier_subset"
+    """Which real images the generator sees: the classifier's subset; the whole train split; or the train split
+    without the subset's patients. More than the subset must be typed, and reports say so."""
+    size: int | None = None
+    """Side of generated images, pixels; null: data.image.size."""
+    base_channels: int | None = None
+    channel_multipliers: list[int] | None = None
+    res_blocks: int | None = None
+    attention_resolutions: list[int] | None = None
+    """Feature-map sides, in pixels, that have self-attention."""
+    heads: int | None = None
+    dropout: float = 0.0
+    conditions: list[str] = field(default_factory=lambda: ["label"])
+    """What the generator is told: `label` and any attribute names; `age` enters in decades."""
+    condition_dropout: float = 0.1
+    """Probability of training a sample without condition, for classifier-free guidance (Ho & Salimans 2022)."""
+    prediction: Literal["v", "epsilon"] = "v"
+    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
+    timesteps: int = 1000
+    zero_terminal_snr: bool = True
+    """Rescale the schedule so that the last step is pure noise (Lin 2024, 2305.08891)."""
+    min_snr_gamma: float | None = None
+    """Min-SNR loss weight (Hang 2023, 2303.09556), commonly 5; null: plain MSE."""
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = 1.0
+    batch_size: int = 64
+    """Global batch, over all workers and accumulation steps."""
+    steps: int = 2000
+    """Optimizer steps."""
+    ema_decay: float = 0.999
+    """Exponential moving average of the weights, warmed up as min(decay, (1 + step) / (10 + step))."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    class_balanced: bool = True
+    """Draw classes (or findings) equally often; false: as frequent as in the data."""
+    flip: bool = False
+    """Random horizontal flips; refused for chest films, whose heart is on the left."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which synthetic images are wanted. Says what, never how."""
+
+    kind: Literal["replicate", "balanced"] = "replicate"
+    """replicate: every source image N times with its labels and attributes; balanced: a table of targets."""
+    replicas: int = 10
+    """Synthetic images a source image (replicate)."""
+    n: int | None = None
+    """Images in all (balanced)."""
+    over: list[str] = field(default_factory=lambda: ["label"])
+    """Columns whose combinations are balanced: `label`, finding names, attribute names."""
+    targets: dict[str, float] = field(default_factory=dict)
+    """Shares or counts for cells, such as `label=pneumonia,sex=F: 0.3`; cells not named share the rest equally."""
+    ratio: float | None = None
+    """Render only rows with rank < ratio * n_real."""
+    n_synth: int | None = None
+    """Render only the first n_synth rows by rank."""
+    quota: dict[str, int] = field(default_factory=dict)
+    """Render at most this many of each class or finding."""
+    seed: int = 0
+    """Orders ranks and draws the noise of every image."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the generator is sampled; part of a synthetic set's identity."""
+
+    sampler: Literal["ddim", "dpm++", "ddpm"] = "dpm++"
+    """ddim (Song 2021), DPM-Solver++ 2M (Lu 2022), ancestral DDPM (Ho 2020)."""
+    steps: int = 25
+    guidance_scale: float = 1.0
+    """diffusers' convention: 1 is the conditional model alone, one pass a step."""
+    guidance_rescale: float = 0.0
+    """Per-image rescale of the guided prediction (Lin 2024, eq. 15-16); the Mediffusion recipe uses 0.7."""
+    eta: float = 0.0
+    """Noise of DDIM steps, 0 is deterministic."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how fast. Never part of an identity."""
+
+    address: str | None = None
+    """Ray address; null: RAY_ADDRESS, a Ray started on this machine, or a private local one; `local`: private."""
+    use_gpu: bool | None = None
+    """Null: GPUs if the cluster has any."""
+    render_workers: int | None = None
+    """Render actors; null: one a GPU, or one a CPU."""
+    gpus_per_renderer: float = 1.0
+    cpus_per_renderer: float = 1.0
+    render_threads: int = 1
+    """torch threads of a CPU renderer; fixed in render.json."""
+    micro_batch: int | None = None
+    """Images rendered at once; null: measured on the first actor. Fixed in render.json."""
+    shard_seconds: float = 60.0
+    """Aimed length of one shard on one renderer."""
+    shard_rows: int | None = None
+    """Rows a shard; null: from `shard_seconds`."""
+    max_failed_fraction: float = 0.01
+    """More failed rows than this end generate with exit code 3."""
+    accept_render_change: bool = False
+    """Go on with a synthetic set on another device or library version than its render.json names."""
+    train_workers: int | None = None
+    """Data-parallel training processes; null: one a GPU, or one. 0: in the driver's own process."""
+    train_threads: int | None = None
+    """torch threads of a CPU training process; null: its share of the cores."""
+    train_accumulation: int = 1
+    """Gradient accumulation steps; the global batch stays the same."""
+    checkpoint_every: int = 500
+    """Optimizer steps between checkpoints."""
+    sample_every: int = 500
+    """Optimizer steps between sample grids."""
+    ingest_rows: int = 256
+    """Images a Ray Data task decodes."""
+    cache: str = "~/.cache/raysynth"
+    """Local disk for training views and downloaded weights."""
+    price_per_gpu_hour: float | None = None
+    """Currency units; adds cost to status and run.json."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One YAML file."""
+
+    name: str = MISSING
+    """Names artifacts; letters, digits, dash, underscore."""
+    root: str = "runs"
+    """Where artifacts go: a folder or s3://bucket/prefix."""
+    data: Data = field(default_factory=Data)
+    training_set: TrainingSet = field(default_factory=TrainingSet)
+    generator: Generator = field(default_factory=Generator)
+    plan: Plan = field(default_factory=Plan)
+    sampling: Sampling = field(default_factory=Sampling)
+    compute: Compute = field(default_factory=Compute)
+
+
+IMAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "general": {"channels": "rgb", "fit": "pad", "value_range": "full"},
+    "chest": {"channels": "grey", "fit": "pad", "value_range": "percentile"},
+    "skin": {"channels": "rgb", "fit": "crop", "value_range": "full"},
+}
+
+GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"base_channels": 32, "channel_multipliers": [1, 2, 2], "res_blocks": 1,
+             "attention_resolutions": [8], "heads": 2},
+    "small": {"base_channels": 32, "channel_multipliers": [1, 2, 3], "res_blocks": 2,
+              "attention_resolutions": [8], "heads": 4},
+    "base": {"base_channels": 96, "channel_multipliers": [1, 2, 2, 4], "res_blocks": 2,
+             "attention_resolutions": [8, 16], "heads": 4},
+    "paper": {"base_channels": 128, "channel_multipliers": [1, 1, 2, 2, 4, 4], "res_blocks": 2,
+              "attention_resolutions": [8, 16, 32], "heads": 4},
+}  # fmt: skip
+
+
+def _filled(section: Any, preset: dict[str, Any]) -> Any:
+    return dataclasses.replace(section, **{k: v for k, v in preset.items() if getattr(section, k) is None})
+
+
+def resolve_image(spec: ImageSpec) -> ImageSpec:
+    """`spec` with every null replaced by its preset's value."""
+    return _filled(spec, IMAGE_PRESETS[spec.preset])
+
+
+def resolve_generator(generator: Generator, image: ImageSpec) -> Generator:
+    """`generator` with every null replaced by its preset's value, `size` by the stored image's side."""
+    return _filled(generator, {**GENERATOR_PRESETS[generator.preset], "size": image.size})

@@ -1,0 +1,107 @@
+"""The tables raysynth writes, as Arrow schemas. Column names are the contract between stages.
+
+Label columns are `label_<finding>` (int8 as annotated: 1, 0, -1 uncertain, null not annotated); attribute columns
+are `attr_<name>` (string, null unknown). Single-label data has one `label_<class>` column a class, exactly one is 1.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+LABEL = "label_"
+ATTRIBUTE = "attr_"
+
+IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def _conditions(labels: Sequence[str], attributes: Sequence[str]) -> list[tuple[str, pa.DataType]]:
+    return [(LABEL + n, pa.int8()) for n in labels] + [(ATTRIBUTE + n, pa.string()) for n in attributes]
+
+
+def _features(schema: pa.Schema) -> pa.Schema:
+    # With this, `datasets.load_dataset("parquet", ...)` decodes the column and the viewer shows pictures.
+    kinds = {"int8": "int8", "int32": "int32", "int64": "int64", "float": "float32", "double": "float64",
+             "string": "string", "bool": "bool"}  # fmt: skip
+    features: dict[str, dict] = {}
+    for f in schema:
+        if f.name == "image":
+            features[f.name] = {"_type": "Image"}
+        else:
+            features[f.name] = {"dtype": kinds[str(f.type)], "_type": "Value"}
+    return schema.with_metadata({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+
+
+def image_schema(labels: Sequence[str], attributes: Sequence[str]) -> pa.Schema:
+    """Real images, one row an image, encoded bytes included."""
+    return _features(pa.schema([
+        ("image_id", pa.string()), ("dataset", pa.string()), ("site", pa.string()), ("split", pa.string()),
+        ("patient_id", pa.string()), ("image", IMAGE_TYPE), ("height", pa.int32()), ("width", pa.int32()),
+        ("sha256", pa.string()), ("pixel_sha256", pa.string()),
+        ("value_lo", pa.float32()), ("value_hi", pa.float32()),
+        *_conditions(labels, attributes),
+        ("report", pa.string()), ("source_uri", pa.string()),
+    ]))  # fmt: skip
+
+
+def quarantine_schema() -> pa.Schema:
+    """Real images left out, and why."""
+    return pa.schema([("image_id", pa.string()), ("source_uri", pa.string()), ("reason", pa.string())])
+
+
+def plan_schema(labels: Sequence[str], attributes: Sequence[str]) -> pa.Schema:
+    """Synthetic images wanted, one row an image. Says what, never how."""
+    return pa.schema([
+        ("row_key", pa.string()), ("rank", pa.int64()), ("source_image_id", pa.string()), ("replica", pa.int32()),
+        ("split", pa.string()), ("mode", pa.string()), ("prompt", pa.string()),
+        *_conditions(labels, attributes),
+    ])  # fmt: skip
+
+
+def synthetic_schema(labels: Sequence[str], attributes: Sequence[str]) -> pa.Schema:
+    """Synthetic images as committed: stands alone, without hosts or times."""
+    return _features(pa.schema([
+        *plan_schema(labels, attributes),
+        ("generator_id", pa.string()), ("sampler", pa.string()), ("steps", pa.int32()),
+        ("guidance_scale", pa.float32()), ("guidance_rescale", pa.float32()),
+        ("strength", pa.float32()), ("mask", pa.string()),
+        ("seed", pa.int64()), ("attempt", pa.int32()), ("derived_from_real", pa.bool_()),
+        ("image", IMAGE_TYPE), ("sha256", pa.string()), ("pixel_sha256", pa.string()),
+        ("status", pa.string()), ("reason", pa.string()),
+    ]))  # fmt: skip
+
+
+def label_names(schema: pa.Schema) -> list[str]:
+    """Findings or classes of a table, in column order."""
+    return [n.removeprefix(LABEL) for n in schema.names if n.startswith(LABEL)]
+
+
+def attribute_names(schema: pa.Schema) -> list[str]:
+    """Attributes of a table, in column order."""
+    return [n.removeprefix(ATTRIBUTE) for n in schema.names if n.startswith(ATTRIBUTE)]
+
+
+def to_parquet(table: pa.Table, row_groups: Iterable[int] | None = None) -> bytes:
+    """Parquet bytes of `table`; equal tables give equal bytes under one pyarrow version.
+
+    Args:
+        row_groups: rows of each row group in order; they must add up to the table.
+    """
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+        start = 0
+        for rows in row_groups if row_groups is not None else [max(table.num_rows, 1)]:
+            writer.write_table(table.slice(start, rows), row_group_size=max(rows, 1))
+            start += rows
+    if row_groups is not None and start != table.num_rows:
+        raise ValueError(f"row groups hold {start} rows of {table.num_rows}")
+    return sink.getvalue()
+
+
+def from_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table in parquet bytes."""
+    return pq.read_table(io.BytesIO(data), columns=list(columns) if columns is not None else None)

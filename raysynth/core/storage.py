@@ -1,0 +1,269 @@
+"""Files under one root, on local disk or S3, with the three promises the engine needs.
+
+* `put` is atomic: a reader sees the whole object or none.
+* `create` succeeds for exactly one of any number of writers (hard link locally, conditional put on S3).
+* `list` is never served from a cache.
+
+Knows nothing of artifacts or images. Paths are relative to the root and use `/`.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from raysynth.core.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored object: `path` relative to the listed root, `size` in bytes, `etag` that changes with content."""
+
+    path: str
+    size: int
+    etag: str
+
+
+class Storage:
+    """One root folder. Picklable: holds the root's name only and opens connections where it is used."""
+
+    root: str
+
+    def __reduce__(self) -> tuple:
+        return open_storage, (self.root,)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def url(self, path: str = "") -> str:
+        """Full name of `path`, as a person or another library would open it."""
+        return f"{self.root}/{path}" if path else self.root
+
+    def get(self, path: str) -> bytes:
+        """Content of `path`. Raises FileNotFoundError."""
+        raise FileNotFoundError(path)
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes `path` whole, replacing what was there."""
+        raise EnvironmentFault(f"{self.root} cannot be written")
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Writes `path` if nothing is there. Returns whether this call wrote it."""
+        raise EnvironmentFault(f"{self.root} cannot be written")
+
+    def exists(self, path: str) -> bool:
+        """Whether an object is there now."""
+        try:
+            self.size(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        """Bytes of the object at `path`. Raises FileNotFoundError."""
+        raise FileNotFoundError(path)
+
+    def list(self, folder: str = "") -> list[Entry]:
+        """Every object below `folder`, sorted by path; empty if there is no such folder."""
+        return sorted(self._walk(folder.rstrip("/")), key=lambda e: e.path)
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        raise FileNotFoundError(folder)
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders directly below `folder`, sorted."""
+        raise FileNotFoundError(folder)
+
+    def delete(self, path: str) -> None:
+        """Removes one object; removing what is not there is no error."""
+        raise EnvironmentFault(f"{self.root} cannot be written")
+
+    def open(self, path: str) -> IO[bytes]:
+        """A seekable reader, for formats that read a part of a large file (parquet row groups)."""
+        raise FileNotFoundError(path)
+
+    def probe(self) -> None:
+        """Proves that the root can be written and that `create` refuses a second writer.
+
+        Raises:
+            EnvironmentFault: the store is not writable, or ignores conditional puts, in which case two drivers
+                could commit the same shard.
+        """
+        name = f".probe/{uuid.uuid4().hex}"
+        try:
+            first, second = self.create(name, b"1"), self.create(name, b"2")
+            self.delete(name)
+        except EnvironmentFault:
+            raise
+        except Exception as error:  # noqa: BLE001 - any failure here is the environment's
+            raise EnvironmentFault(
+                f"root {self.root} cannot be written ({type(error).__name__}: {error}). "
+                "Check that it exists, the credentials, and AWS_ENDPOINT_URL for stores other than AWS."
+            ) from error
+        if not first or second:
+            raise EnvironmentFault(
+                f"root {self.root} ignores create-if-absent (conditional put); commits would not be exactly once. "
+                "Use AWS S3, a recent MinIO, Ceph or GCS interop, or a shared file system."
+            )
+
+
+class LocalStorage(Storage):
+    """A folder on this machine or on a shared file system."""
+
+    def __init__(self, root: str) -> None:
+        self.root = str(Path(root).expanduser().absolute())
+
+    def _full(self, path: str) -> str:
+        return os.path.join(self.root, path)
+
+    def get(self, path: str) -> bytes:
+        with open(self._full(path), "rb") as f:
+            return f.read()
+
+    def _staged(self, path: str, data: bytes) -> tuple[str, str]:
+        target = self._full(path)
+        folder, name = os.path.split(target)
+        os.makedirs(folder, exist_ok=True)
+        # Same folder, so that rename and link stay on one file system; the leading dot hides it from listings.
+        staged = os.path.join(folder, f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            with open(staged, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError:
+            if os.path.exists(staged):
+                os.unlink(staged)
+            raise
+        return staged, target
+
+    def put(self, path: str, data: bytes) -> None:
+        staged, target = self._staged(path, data)
+        os.replace(staged, target)
+
+    def create(self, path: str, data: bytes) -> bool:
+        if os.path.exists(self._full(path)):
+            return False
+        staged, target = self._staged(path, data)
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(staged)
+        return True
+
+    def size(self, path: str) -> int:
+        return os.stat(self._full(path)).st_size
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        top = self._full(folder)
+        for here, _, names in os.walk(top, onerror=self._unreadable):
+            for name in names:
+                if name.startswith(".") and name.endswith(".tmp"):
+                    continue
+                full = os.path.join(here, name)
+                try:
+                    stat = os.stat(full)
+                except FileNotFoundError:  # deleted since the folder was read, or a dangling link
+                    continue
+                relative = os.path.relpath(full, self.root).replace(os.sep, "/")
+                yield Entry(relative, stat.st_size, f"{stat.st_mtime_ns:x}")
+
+    def _unreadable(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    def folders(self, folder: str = "") -> list[str]:
+        top = self._full(folder)
+        if not os.path.isdir(top):
+            return []
+        return sorted(e.name for e in os.scandir(top) if e.is_dir())
+
+    def delete(self, path: str) -> None:
+        full = self._full(path)
+        try:
+            os.unlink(full)
+        except FileNotFoundError:
+            return
+        folder = os.path.dirname(full)
+        # S3 has no folders to leave behind; keep the two alike.
+        while folder != self.root and not os.listdir(folder):
+            os.rmdir(folder)
+            folder = os.path.dirname(folder)
+
+    def open(self, path: str) -> IO[bytes]:
+        return open(self._full(path), "rb")
+
+
+class S3Storage(Storage):
+    """A prefix in an S3 bucket, through s3fs. Endpoint and credentials come from the usual AWS variables."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root.rstrip("/")
+        self._prefix = self.root.removeprefix("s3://")
+        self._connection: Any = None
+
+    @property
+    def fs(self) -> Any:
+        """The s3fs file system, made on first use in each process."""
+        if self._connection is None:
+            import s3fs
+
+            self._connection = s3fs.S3FileSystem(
+                use_listings_cache=False,
+                endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+                config_kwargs={"retries": {"max_attempts": 8, "mode": "adaptive"}},
+            )
+        return self._connection
+
+    def _full(self, path: str) -> str:
+        return f"{self._prefix}/{path}" if path else self._prefix
+
+    def get(self, path: str) -> bytes:
+        return self.fs.cat_file(self._full(path))
+
+    def put(self, path: str, data: bytes) -> None:
+        self.fs.pipe_file(self._full(path), data)
+
+    def create(self, path: str, data: bytes) -> bool:
+        try:
+            self.fs.pipe_file(self._full(path), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def size(self, path: str) -> int:
+        return int(self.fs.info(self._full(path), refresh=True)["size"])
+
+    def _walk(self, folder: str) -> Iterator[Entry]:
+        try:
+            found = self.fs.find(self._full(folder), detail=True)
+        except FileNotFoundError:
+            return
+        for full, info in found.items():
+            yield Entry(full[len(self._prefix) + 1 :], int(info["size"]), str(info.get("ETag", "")).strip('"'))
+
+    def folders(self, folder: str = "") -> list[str]:
+        try:
+            found = self.fs.ls(self._full(folder), detail=True, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(i["name"].rsplit("/", 1)[-1] for i in found if i["type"] == "directory")
+
+    def delete(self, path: str) -> None:
+        self.fs.rm_file(self._full(path))
+
+    def open(self, path: str) -> IO[bytes]:
+        return self.fs.open(self._full(path), "rb")
+
+
+def open_storage(root: str) -> Storage:
+    """The storage behind `root`: `s3://bucket/prefix` or a local folder (made when first written)."""
+    if root.startswith("s3://"):
+        return S3Storage(root)
+    return LocalStorage(root.removeprefix("file://"))

@@ -1,0 +1,1 @@
+"""Real images and plans: sources, decoding, labels, splits, subsets, plans, training views. No torch, no ray."""

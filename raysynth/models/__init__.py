@@ -1,0 +1,1 @@
+"""What is trained: architecture, loss, optimiser, export. No ray."""

@@ -1,0 +1,77 @@
+"""Joins or starts Ray, quietly, and says what the cluster has.
+
+Everything that must be set before `import ray` is set here; stages import ray only after this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+from raysynth.core.errors import EnvironmentFault
+from raysynth.core.experiment import Compute
+
+QUIET = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, ray would build a second environment a worker
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TQDM": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+for _key, _value in QUIET.items():
+    os.environ.setdefault(_key, _value)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all."""
+
+    cpus: int
+    gpus: int
+    nodes: int
+
+
+def connect(compute: Compute) -> Resources:
+    """Joins the cluster of `compute.address`, RAY_ADDRESS or a Ray started here; else starts a private one.
+
+    Raises:
+        EnvironmentFault: no cluster at the address.
+    """
+    local = compute.address == "local"
+    if local or not (compute.address or os.environ.get("RAY_ADDRESS")):
+        # A private instance listens on loopback only; a token would be written to the home folder for nothing.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    if not ray.is_initialized():
+        try:
+            ray.init(
+                address=compute.address, include_dashboard=False if local else None,
+                logging_level="error", log_to_driver=False,
+            )  # fmt: skip
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise EnvironmentFault(
+                f"compute.address {compute.address or os.environ.get('RAY_ADDRESS')}: no Ray cluster answers "
+                f"({str(error).splitlines()[0]}). Start one with `ray start --head`, or use compute.address=local."
+            ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    total = ray.cluster_resources()
+    alive = sum(1 for node in ray.nodes() if node["Alive"])
+    found = Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), alive)
+    if compute.use_gpu and not found.gpus:
+        raise EnvironmentFault("compute.use_gpu: the cluster has no GPU. Add a GPU node or set compute.use_gpu=null.")
+    return found if compute.use_gpu is not False else Resources(found.cpus, 0, found.nodes)
+
+
+def quiet_data_context() -> None:
+    """Ray Data's settings for this driver: no progress bars, no execution log, hangs end."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.data._internal", "ray.data.dataset", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
