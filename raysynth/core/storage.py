@@ -21,11 +21,13 @@ from raysynth.core.errors import EnvironmentFault
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored object: `path` relative to the listed root, `size` in bytes, `etag` that changes with content."""
+    """One stored object: `path` relative to the root, `size` in bytes, `etag` that changes with content, `modified`
+    in seconds since 1970."""
 
     path: str
     size: int
     etag: str
+    modified: float = 0.0
 
 
 class Storage:
@@ -172,7 +174,7 @@ class LocalStorage(Storage):
                 except FileNotFoundError:  # deleted since the folder was read, or a dangling link
                     continue
                 relative = os.path.relpath(full, self.root).replace(os.sep, "/")
-                yield Entry(relative, stat.st_size, f"{stat.st_mtime_ns:x}")
+                yield Entry(relative, stat.st_size, f"{stat.st_mtime_ns:x}", stat.st_mtime)
 
     def _unreadable(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -246,7 +248,10 @@ class S3Storage(Storage):
         except FileNotFoundError:
             return
         for full, info in found.items():
-            yield Entry(full[len(self._prefix) + 1 :], int(info["size"]), str(info.get("ETag", "")).strip('"'))
+            etag, written = str(info.get("ETag", "")).strip('"'), info.get("LastModified")
+            yield Entry(
+                full[len(self._prefix) + 1 :], int(info["size"]), etag, written.timestamp() if written else 0.0
+            )
 
     def folders(self, folder: str = "") -> list[str]:
         try:

@@ -1,0 +1,206 @@
+"""Renders the plan's selected rows into the synthetic set and proves that they are all there.
+
+Input: the plan and the exported generator. Output: a synthetic set that may serve many plans, and an artifact that
+says which of its images this plan's rows are (`rows.parquet`: row_key, rank, status, reason, attempt, shard, place,
+part) and which failed (`failed.parquet`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.cache import local_folder
+from raysynth.core.errors import EnvironmentFault, GateFailed
+from raysynth.core.experiment import Compute, Experiment
+from raysynth.core.identity import content_digest
+from raysynth.core.lease import Lease
+from raysynth.core.progress import Progress, duration, say
+from raysynth.core.schemas import from_parquet, to_parquet
+from raysynth.core.storage import Storage
+from raysynth.stages.cluster import Resources
+from raysynth.stages.plan import selected_rows
+from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
+from raysynth.synth.renderer import RENDER_VERSION, Renderer
+from raysynth.synth.sets import SyntheticSet
+from raysynth.synth.waves import extend, pending, rows_a_shard
+
+STAGE_VERSION = 1
+
+
+def make_renderer(storage: Storage, folder: str, experiment: Experiment, gpu: bool) -> Renderer:
+    """The generator's renderer, made inside the process that holds the device."""
+    from raysynth.synth.ddpm import DDPMRenderer
+
+    path = local_folder(storage, folder, experiment.compute.cache)
+    device = "cuda" if gpu else "cpu"
+    return DDPMRenderer(str(path), experiment.sampling, device, experiment.compute.render_threads)
+
+
+def generator_id(generator: Artifact) -> str:
+    """Content digest of the exported weights, schedule and condition layout: what the generator is."""
+    outputs = generator.run_info()["outputs"]
+    made_of = ("export/unet/", "export/scheduler/", "export/condition.json")
+    return content_digest((n, d) for n, d in outputs.items() if n.startswith(made_of))[:24]
+
+
+def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact) -> SyntheticSet:
+    """The set of this generator under this sampling configuration, whether or not it exists yet."""
+    s = experiment.sampling
+    identity = {
+        "render_version": RENDER_VERSION, "generator_id": generator_id(generator), "sampler": s.sampler,
+        "steps": s.steps, "guidance_scale": s.guidance_scale, "guidance_rescale": s.guidance_rescale, "eta": s.eta,
+        "precision": s.precision, "seed": experiment.plan.seed,
+    }  # fmt: skip
+    return SyntheticSet(storage, experiment.name, identity)
+
+
+def generate_artifact(experiment: Experiment, storage: Storage, generator: Artifact, plan: Artifact) -> Artifact:
+    """The artifact that says which images of the set the plan's selected rows are."""
+    p = experiment.plan
+    config = {"ratio": p.ratio, "n_synth": p.n_synth, "quota": p.quota,
+              "set": synthetic_set(experiment, storage, generator).identity}  # fmt: skip
+    return Artifact.at(storage, "generate", experiment.name, STAGE_VERSION, config, {"plan": plan.digest()})
+
+
+def generate(
+    experiment: Experiment,
+    storage: Storage,
+    generator: Artifact,
+    plan: Artifact,
+    resources: Resources,
+    retry_failed: bool = False,
+    factory: Callable[[], Renderer] | None = None,
+) -> Artifact:
+    """Renders whatever of the plan is missing.
+
+    Args:
+        retry_failed: render rows recorded as failed once more, with the same noise.
+        factory: another renderer than the generator's own; for benchmarks and chaos tests.
+
+    Raises:
+        GateFailed: more rows failed than `compute.max_failed_fraction`.
+        EnvironmentFault: storage, device or render.json; nothing is lost and the command may be repeated.
+    """
+    artifact = generate_artifact(experiment, storage, generator, plan)
+    if artifact.complete and not retry_failed:
+        say(f"generate: done, {artifact.path}")
+        return artifact
+    storage.probe()
+    store = synthetic_set(experiment, storage, generator)
+    wanted = selected_rows(experiment, storage, plan)
+    factory = factory or partial(
+        make_renderer, storage, generator.file("export"), experiment, gpu=bool(resources.gpus)
+    )
+    sums = render(store, wanted, factory, experiment.compute, resources, retry_failed)
+    return _conclude(artifact, store, wanted, experiment.compute, resources, sums)
+
+
+def constants(store: SyntheticSet) -> dict[str, Any]:
+    """Columns equal in every row of a set."""
+    names = ("generator_id", "sampler", "steps", "guidance_scale", "guidance_rescale")
+    return {n: store.identity[n] for n in names}
+
+
+def render(
+    store: SyntheticSet,
+    wanted: pa.Table,
+    factory: Callable[[], Renderer],
+    compute: Compute,
+    resources: Resources,
+    retry_failed: bool = False,
+) -> dict[str, float]:
+    """Brings `store` to hold every wanted row, committed or recorded as failed. Returns sums over this run."""
+    job = RenderJob(store, factory, constants(store), compute.micro_batch, compute.accept_render_change)
+    reopen: Sequence[str] = ()
+    if retry_failed:
+        index = store.index()
+        reopen = index.loc[index["status"] == "failed", "row_key"].tolist()
+    with Lease(store.storage, store.file("lock.json")) as lease:
+        if lease.others:
+            say(f"generate: {lease.others} renders this set too; joining from the other end")
+        known = store.rows()
+        new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(known["row_key"]).sum()) + len(reopen)
+        if new:
+            workers, _, _ = worker_shape(compute, resources)
+            if compute.micro_batch and compute.shard_rows:
+                micro_batch, rate = compute.micro_batch, None
+            else:
+                settled = settle_first(job, compute, resources)
+                micro_batch, rate = settled.micro_batch, settled.rows_per_s
+            size = rows_a_shard(new, workers, micro_batch, rate, compute.shard_seconds, compute.shard_rows)
+            why = "retry of failed rows" if reopen else "first rows" if known.empty else "rows added"
+            wave = extend(store, wanted, size, why, reopen)
+            if wave is not None:
+                say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows ({why}) in "
+                    f"{len(wave.shard_rows):,} shards of up to {size:,}")  # fmt: skip
+        left = pending(store, wanted)
+        todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in left)
+        with Progress("generate", wanted.num_rows, "images", done=max(0, wanted.num_rows - todo)) as progress:
+            return run_rounds(
+                job, lambda: pending(store, wanted), compute, resources, progress, backwards=bool(lease.others)
+            )
+
+
+def _conclude(
+    artifact: Artifact,
+    store: SyntheticSet,
+    wanted: pa.Table,
+    compute: Compute,
+    resources: Resources,
+    sums: dict[str, float],
+) -> Artifact:
+    """Checks counts against the plan, writes the artifact, holds the gate."""
+    ranks = wanted.select(["row_key", "rank"]).to_pandas()
+    rows = ranks.merge(store.index(), on="row_key", how="left").sort_values("rank", ignore_index=True)
+    lost = rows["status"].isna()
+    if lost.any():
+        raise EnvironmentFault(
+            f"{store.path} misses {int(lost.sum())} wanted rows after rendering, first {rows['row_key'][lost].iloc[0]}. "
+            "Run `raysynth verify` and then the same command again."
+        )
+    rows = rows.astype({"shard": "int64", "place": "int64", "attempt": "int32"})
+    artifact.put("rows.parquet", to_parquet(pa.Table.from_pandas(rows, preserve_index=False)))
+    failed = rows[rows["status"] == "failed"]
+    artifact.put("failed.parquet", to_parquet(pa.Table.from_pandas(failed, preserve_index=False)))
+    markers = store.markers(rows["shard"].unique())
+    counts = {"wanted": len(rows), **{s: int((rows["status"] == s).sum()) for s in ("ok", "failed", "rejected")}}
+    fraction = counts["failed"] / max(1, counts["wanted"])
+    if fraction > compute.max_failed_fraction:
+        raise GateFailed(
+            f"compute.max_failed_fraction: {counts['failed']:,} of {counts['wanted']:,} rows failed, allowed "
+            f"{compute.max_failed_fraction:.2%}. See {artifact.file('failed.parquet')}; `--retry-failed` renders "
+            "them once more."
+        )
+    seconds = sum(m["render_seconds"] for m in markers.values())
+    gpu_seconds = seconds * (compute.gpus_per_renderer if resources.gpus else 0.0)
+    price = compute.price_per_gpu_hour
+    cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None
+    render_json = store.get_json("render.json")
+    artifact.commit(
+        counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, render=render_json, cost=cost,
+        render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},
+    )  # fmt: skip
+    rate = f", {len(rows) / seconds:.1f} images/s a worker" if seconds else ""
+    say(f"generate: {counts['ok']:,} ok, {counts['failed']:,} failed in {duration(seconds)} of rendering{rate}; "
+        f"{artifact.path}")  # fmt: skip
+    return artifact
+
+
+def load_index(artifact: Artifact) -> pd.DataFrame:
+    """The artifact's `rows.parquet`."""
+    return from_parquet(artifact.storage.get(artifact.file("rows.parquet"))).to_pandas()
+
+
+def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
+    """Synthetic rows of `index` (rows of `load_index`), images included, one table a part."""
+    folder = json.loads(artifact.storage.get(artifact.file("run.json")))["synthetic_set"]
+    store = SyntheticSet.open(artifact.storage, folder.partition("/")[2])
+    for part, rows in index.groupby("part", sort=True):
+        yield from_parquet(store.part(str(part))).take(pa.array(sorted(rows["place"])))

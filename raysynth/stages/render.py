@@ -1,0 +1,182 @@
+"""Drives a pool of render actors with Ray Data over frozen shards, in rounds, until nothing wanted is pending.
+
+One Ray Data row is one shard (its wave and number only), one row a block, so nothing else can be cut or fused under
+us; `from_items` needs no read task, so no pool size can starve the input of a CPU. The actor commits; the driver
+sees a row of statistics. A second round gives rows that failed to a second actor. Inputs: a `RenderJob`. Knows
+nothing of plans.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from raysynth.core.errors import EnvironmentFault
+from raysynth.core.experiment import Compute
+from raysynth.core.progress import Progress, say
+from raysynth.stages.cluster import Resources, quiet_data_context
+from raysynth.synth.renderer import Renderer, canary_fault
+from raysynth.synth.sets import SyntheticSet, Wave
+from raysynth.synth.settle import Settled, read_settled, settle
+from raysynth.synth.shards import ShardRunner, SickWorker
+
+MAX_IDLE_ROUNDS = 2
+CALLS_PER_ACTOR = 2  # one shard renders while the other loads, encodes and commits
+TASKS_PER_ACTOR = 4  # Ray Data grows a pool only while tasks in flight per concurrent call >= 1.75
+
+
+@dataclass(frozen=True)
+class RenderJob:
+    """All an actor needs; a few hundred bytes."""
+
+    store: SyntheticSet
+    factory: Callable[[], Renderer]
+    """Makes the renderer inside the actor; a functools.partial of an importable class."""
+    constants: dict[str, Any]
+    micro_batch: int | None
+    accept_render_change: bool
+
+    def settle(self, renderer: Renderer) -> Settled:
+        """render.json as this job wants or finds it."""
+        return settle(self.store, renderer, self.micro_batch, self.accept_render_change)
+
+
+class RenderActor:
+    """Ray Data's actor. Answers every shard with a row of statistics; the only process that touches the device."""
+
+    def __init__(self, job: RenderJob) -> None:
+        self.refusal = self.sickness = ""
+        self.naps = 0
+        self.runner: ShardRunner | None = None
+        try:
+            renderer = job.factory()
+            settled = job.settle(renderer)
+        except EnvironmentFault as error:
+            # Raised here it would reach the user as an actor's death; as a row it keeps its words.
+            self.refusal = str(error)
+            return
+        self.sickness = canary_fault(renderer, settled.micro_batch) or ""
+        self.runner = ShardRunner(job.store, renderer, settled.micro_batch, job.constants)
+        self.waves = {w.number: w for w in job.store.waves()}
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        wave, shard = int(batch["wave"][0]), int(batch["shard"][0])
+        return {k: [v] for k, v in self._shard(wave, shard).items()}
+
+    def _shard(self, wave: int, shard: int) -> dict[str, Any]:
+        if self.refusal or self.sickness:
+            if self.sickness:
+                # A sick worker answers at once and would drain the queue before the healthy ones get a shard.
+                self.naps += 1
+                time.sleep(min(2.0**self.naps, 30.0))
+            return self._turned_away(shard)
+        assert self.runner is not None
+        try:
+            return self.runner.run(self.waves[wave], shard)
+        except SickWorker:
+            # A fresh process may be well again; Ray restarts the actor and repeats the call.
+            os._exit(1)
+
+    def _turned_away(self, shard: int) -> dict[str, Any]:
+        outcome = "refused" if self.refusal else "sick"
+        none = {"actor": "", "ok": 0, "failed": 0, "rejected": 0, "load_s": 0.0, "render_s": 0.0, "encode_s": 0.0,
+                "commit_s": 0.0}  # fmt: skip
+        return {"outcome": outcome, "shard": shard, "reason": self.refusal or self.sickness, **none}
+
+
+def worker_shape(compute: Compute, resources: Resources) -> tuple[int, float, float]:
+    """(workers, CPUs each, GPUs each) of the render pool; never more workers than asked for, at least one."""
+    gpus = compute.gpus_per_renderer if resources.gpus else 0.0
+    fit = resources.gpus / gpus if gpus else resources.cpus / max(compute.cpus_per_renderer, 0.01)
+    return max(1, compute.render_workers or math.floor(fit)), compute.cpus_per_renderer, gpus
+
+
+def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Settled:
+    """render.json, measured by one renderer in a worker process if it is not there yet; needed to cut shards."""
+    import ray
+
+    settled = read_settled(job.store)
+    if settled is not None:
+        return settled
+    say("generate: measuring the renderer on one worker")
+    _, cpus, gpus = worker_shape(compute, resources)
+
+    def measure() -> Settled | str:
+        try:
+            return job.settle(job.factory())
+        except EnvironmentFault as error:
+            return str(error)
+
+    found = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(measure).remote())
+    if isinstance(found, str):
+        raise EnvironmentFault(found)
+    return found
+
+
+def run_rounds(
+    job: RenderJob,
+    pending: Callable[[], list[tuple[Wave, int]]],
+    compute: Compute,
+    resources: Resources,
+    progress: Progress,
+    backwards: bool = False,
+) -> dict[str, float]:
+    """Renders until `pending()` is empty.
+
+    Args:
+        backwards: take the last shards first, to meet a driver that works from the front.
+
+    Returns:
+        Sums over this run: rows `ok`, `failed`, `rejected`, `render_s`, and `wall_s`.
+
+    Raises:
+        EnvironmentFault: a renderer refuses its render.json, or no worker is fit to work.
+    """
+    sums = dict.fromkeys(("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s"), 0.0)
+    idle, began = 0, time.perf_counter()
+    while shards := pending():
+        moved, reason = 0, ""
+        for row in _round(job, shards[::-1] if backwards else shards, compute, resources):
+            if row["outcome"] == "refused":
+                raise EnvironmentFault(row["reason"])
+            moved += row["outcome"] in ("committed", "already", "second opinion")
+            reason = row["reason"] or reason
+            for key in sums:
+                sums[key] += row[key]
+            progress.advance(row["ok"] + row["failed"] + row["rejected"], failed=row["failed"])
+        idle = 0 if moved else idle + 1
+        if idle >= MAX_IDLE_ROUNDS:
+            raise EnvironmentFault(
+                f"no render worker passes its canary ({reason}). Check the device and the weights; nothing is lost, "
+                "the same command goes on from here."
+            )
+    return sums | {"wall_s": time.perf_counter() - began}
+
+
+def _round(job: RenderJob, shards: list[tuple[Wave, int]], compute: Compute, resources: Resources) -> Any:
+    """Statistics rows of one pass over the shards, as they come in."""
+    import ray.data
+
+    quiet_data_context()
+    context = ray.data.DataContext.get_current()
+    # A shard may take long on a slow device; only a real hang should end the run.
+    context.execution_no_progress_timeout_s = max(
+        context.execution_no_progress_timeout_s, round(30 * compute.shard_seconds)
+    )
+    workers, cpus, gpus = worker_shape(compute, resources)
+    workers = min(workers, len(shards))
+    items = [{"wave": wave.number, "shard": shard} for wave, shard in shards]
+    pool = ray.data.ActorPoolStrategy(
+        min_size=1, max_size=workers, initial_size=workers, max_tasks_in_flight_per_actor=TASKS_PER_ACTOR,
+        max_concurrent_calls_per_actor=CALLS_PER_ACTOR, enable_true_multi_threading=True,
+    )  # fmt: skip
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        RenderActor, fn_constructor_kwargs={"job": job}, batch_size=1, batch_format="numpy", compute=pool,
+        num_cpus=cpus, num_gpus=gpus or None,
+    )  # fmt: skip
+    rows.set_name(f"render-{job.store.name}")
+    yield from rows.iter_rows()

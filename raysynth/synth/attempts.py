@@ -1,0 +1,104 @@
+"""Who began to render a shard, and how it ended: how the engine tells a deadly row from a dead machine.
+
+    attempts/00012/0.json        actor began; created if absent, so attempts are numbered
+    attempts/00012/0.step.json   careful mode only: the places being rendered right now
+    attempts/00012/0.end.json    it ended without committing and without dying: rows failed, or the actor was sick
+
+An attempt with neither end nor marker died with its process. After two deaths the shard is rendered carefully: the
+places of the last death are bisected, the others masked so that shapes and places stay as they were. A row that
+was alone in two deaths is quarantined.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from raysynth.synth.sets import SyntheticSet
+
+DEATHS_BEFORE_CARE = 2
+DEATHS_ALONE = 2
+
+
+@dataclass(frozen=True)
+class History:
+    """What earlier attempts on a shard left behind."""
+
+    attempts: int = 0
+    deaths: int = 0
+    steps: tuple[tuple[int, ...], ...] = ()
+    """Places being rendered at each death in careful mode, oldest first."""
+    ends: tuple[dict[str, Any], ...] = field(default=())
+
+    @property
+    def careful(self) -> bool:
+        """Whether places must be announced before they are rendered."""
+        return self.deaths >= DEATHS_BEFORE_CARE
+
+    @property
+    def quarantined(self) -> set[int]:
+        """Places that died alone often enough to be given up."""
+        alone = [s[0] for s in self.steps if len(s) == 1]
+        return {p for p in alone if alone.count(p) >= DEATHS_ALONE}
+
+    @property
+    def failures(self) -> dict[str, Any] | None:
+        """The newest record of rows that failed on one actor and wait for a second one."""
+        records = [e for e in self.ends if e["why"] == "rows failed"]
+        return records[-1] if records else None
+
+    def groups(self, places: list[int]) -> list[list[int]]:
+        """Order in which one micro-batch's places are rendered: the halves of the last death first, then the rest.
+
+        The halves come first so that every further death narrows the search, also with several deadly rows.
+        """
+        left = [p for p in places if p not in self.quarantined]
+        if not self.careful:
+            return [left] if left else []
+        last = self.steps[-1] if self.steps else ()
+        suspects = [p for p in last if p in left]
+        rest = [p for p in left if p not in suspects]
+        middle = len(suspects) // 2
+        halves = [suspects[:middle], suspects[middle:]]
+        return [g for g in (*halves, rest) if g]
+
+
+class Attempt:
+    """One actor's attempt on one shard."""
+
+    def __init__(self, store: SyntheticSet, shard: int, actor: str) -> None:
+        self.store, self.folder = store, f"attempts/{shard:05d}"
+        self.actor = actor
+        self.history = self._read()
+        self.number = self.history.attempts
+
+    def _read(self) -> History:
+        names = [e.path.rpartition("/")[2] for e in self.store.storage.list(self.store.file(self.folder))]
+        numbers = sorted(int(n.split(".")[0]) for n in names if n.count(".") == 1)
+        ends, steps, deaths = [], [], 0
+        for n in numbers:
+            if f"{n}.end.json" in names:
+                ends.append(self.store.get_json(f"{self.folder}/{n}.end.json"))
+                continue
+            deaths += 1
+            if f"{n}.step.json" in names:
+                step = self.store.get_json(f"{self.folder}/{n}.step.json")
+                if step and step["places"]:
+                    steps.append(tuple(step["places"]))
+        attempts = numbers[-1] + 1 if numbers else 0
+        return History(attempts, deaths, tuple(steps), tuple(e for e in ends if e))
+
+    def begin(self) -> None:
+        """Records that rendering starts now."""
+        while not self.store.create_json(f"{self.folder}/{self.number}.json", {"actor": self.actor}):
+            self.number += 1
+
+    def step(self, places: list[int]) -> None:
+        """Careful mode: records that these places are being rendered; an empty list when none is."""
+        record = json.dumps({"places": places}).encode()
+        self.store.storage.put(self.store.file(f"{self.folder}/{self.number}.step.json"), record)
+
+    def end(self, why: str, **more: Any) -> None:
+        """Records a graceful end without a commit: not a death."""
+        self.store.create_json(f"{self.folder}/{self.number}.end.json", {"why": why, "actor": self.actor, **more})

@@ -1,0 +1,76 @@
+"""A renderer of cheap noise images, with faults on order: for benchmarks of the engine and for chaos tests.
+
+Real in all the engine sees (same protocol, seeds, shapes); only the pixels cost nothing. Must be importable by Ray
+workers, so it lives here and not in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raysynth.synth.renderer import Row
+
+
+@dataclass
+class FakeRenderer:
+    """Noise from each row's seed, brightened by its labels."""
+
+    size: int = 8
+    channels: int = 1
+    seconds_a_row: float = 0.0
+    deadly: tuple[str, ...] = ()
+    """Row keys that end the process while they are rendered."""
+    broken: tuple[str, ...] = ()
+    """Row keys that come out as NaN."""
+    raising: tuple[str, ...] = ()
+    """Row keys that raise ValueError."""
+    largest: int = 1 << 30
+    """A larger micro-batch is out of memory."""
+    sick_file: str = ""
+    """The first process to create this file is sick for life: every image is NaN at once."""
+    flavour: int = 0
+    """Another number gives other bytes for the same seeds (a zombie on other hardware)."""
+    log: str = ""
+    """File that gets one line a rendered row: `key`."""
+
+    def __post_init__(self) -> None:
+        self.sick = False
+        if self.sick_file:
+            try:
+                with open(self.sick_file, "x") as f:
+                    f.write(str(os.getpid()))
+                self.sick = True
+            except FileExistsError:
+                self.sick = Path(self.sick_file).read_text() == str(os.getpid())
+
+    def facts(self) -> dict[str, Any]:
+        return {"device": "fake", "flavour": self.flavour}
+
+    def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
+        if micro_batch > self.largest:
+            raise MemoryError(f"out of memory: micro-batch {micro_batch} > {self.largest}")
+        images = np.zeros((micro_batch, self.channels, self.size, self.size), np.float32)
+        if self.sick:
+            return images * np.nan
+        time.sleep(self.seconds_a_row * micro_batch)
+        for i, row in enumerate(rows):
+            if row is None:
+                continue
+            if row.key in self.deadly:
+                os._exit(1)
+            if row.key in self.raising:
+                raise ValueError(f"row {row.key} cannot be rendered")
+            noise = np.random.Generator(np.random.Philox(row.seed + self.flavour)).standard_normal(images.shape[1:])
+            level = sum(v or 0 for k, v in row.columns.items() if k.startswith("label_"))
+            images[i] = np.nan if row.key in self.broken else np.tanh(0.3 * noise + 0.1 * level)
+        if self.log:
+            with open(self.log, "a") as f:
+                f.writelines(f"{row.key}\n" for row in rows if row is not None and row.key != "canary")
+        return images

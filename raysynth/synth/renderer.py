@@ -1,0 +1,86 @@
+"""What the engine asks of a renderer, and how a row's noise is named.
+
+A renderer turns a micro-batch of rows into images. It knows nothing of shards, storage or other micro-batches. The
+engine holds it to two promises: a row's result does not depend on the other rows of the micro-batch, and the same
+micro-batch gives the same bytes wherever `facts()` are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+RENDER_VERSION = 1
+"""Bumped when the same weights, rows and settings would give other pixels; part of a synthetic set's identity."""
+
+
+def noise_seed(plan_seed: int, row_key: str, attempt: int) -> int:
+    """Seed of a row's own random generator, 56 bits.
+
+    A pure function of the plan's seed, the row and the attempt: neither guidance nor steps nor batch enter, so that
+    arms with another guidance scale share noise and a row alone has the noise it has in a batch.
+    """
+    text = f"{plan_seed}:{row_key}:{attempt}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to render: its key, its noise seed, and the plan's `label_*` and `attr_*` values."""
+
+    key: str
+    seed: int
+    columns: dict[str, Any] = field(default_factory=dict)
+
+
+class Renderer(Protocol):
+    """Renders micro-batches on one device."""
+
+    def facts(self) -> dict[str, Any]:
+        """What decides bytes besides the set's identity: device, threads, precision, flags, library versions."""
+
+    def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
+        """Renders one micro-batch of constant shape.
+
+        Args:
+            rows: `micro_batch` places; None is padding, whose output is ignored.
+            micro_batch: images rendered at once.
+
+        Returns:
+            images: (micro_batch, C, H, W) float32 in [-1, 1]; not finite where rendering went wrong.
+        """
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """(C, H, W) float in [-1, 1] -> (H, W, C) uint8, rounded once, clipped."""
+    return np.floor((np.clip(image, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+
+
+def fault_in(image: np.ndarray) -> str | None:
+    """Why an image (C, H, W) cannot be one, or None."""
+    if not np.isfinite(image).all():
+        return "pixels are not finite"
+    if image.size > 1 and float(image.max()) == float(image.min()):
+        return "image is constant"
+    return None
+
+
+CANARY = Row(key="canary", seed=noise_seed(0, "canary", 0))
+
+
+def canary_fault(renderer: Renderer, micro_batch: int) -> str | None:
+    """Renders one unconditional row. Why this renderer is unfit for work, or None."""
+    try:
+        image = renderer.render([CANARY] + [None] * (micro_batch - 1), micro_batch)[0]
+    except Exception as error:  # noqa: BLE001 - any error here means the worker is sick
+        return f"{type(error).__name__}: {error}"
+    return fault_in(image)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a smaller micro-batch may help."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
