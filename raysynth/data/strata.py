@@ -53,9 +53,7 @@ def raw_labels(table: pa.Table) -> np.ndarray:
 def primary_label(table: pa.Table) -> tuple[np.ndarray, list[str]]:
     """Each image's rarest positive label: its class (single-label), its rarest finding (multi-label).
 
-    Strata by the rarest finding hold the rare findings tightest: the rarest is a stratum of its own, the k-th
-    rarest is spread over at most k strata, so that its share in a prefix of `interleave` is off by at most k
-    rows. Whole label vectors as strata would be mostly strata of one image.
+    Whole label vectors would be mostly strata of one image.
 
     Returns:
         (N,) int64 indices into the names, and the names: the table's labels, then "none".
@@ -97,16 +95,30 @@ def interleave(counts: Sequence[int]) -> np.ndarray:
     return np.tile(present[places], periods)
 
 
-def interleaved_order(strata: np.ndarray, n_strata: int, order: np.ndarray) -> np.ndarray:
-    """Positions (N,) that interleave strata, each stratum's rows in the given order.
+def stratified_order(table: pa.Table, order: np.ndarray) -> np.ndarray:
+    """Positions (N,) whose every prefix keeps the shares of the labels; rows alike stay in the given order.
+
+    Single-label: the classes are interleaved, so that each is within one row of its share. With findings this
+    repeats inside each stratum for the next rarest finding: the rarest is within one row of its share and the
+    others within a few, where plain shuffling is off by the square root of the rows.
 
     Args:
-        strata: (N,) stratum of each row.
         order: (N,) positions of rows, best first, such as `seeded_order`.
     """
-    by_stratum = order[np.argsort(strata[order], kind="stable")]
-    places = interleave(np.bincount(strata, minlength=n_strata).tolist())
-    result = np.empty(len(strata), dtype=np.int64)
-    # The j-th place of stratum s takes the j-th row of stratum s.
-    result[np.argsort(places, kind="stable")] = by_stratum
+    positive = raw_labels(table) == 1
+    rarest_first = positive.sum(axis=0).argsort(kind="stable")
+    return _stratified(positive[:, rarest_first], order)
+
+
+def _stratified(positive: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`rows` interleaved by the rarest positive of columns (N, F), then within each stratum by the columns
+    left."""
+    findings = positive.shape[1]
+    if not findings or not positive[rows].any():
+        return rows
+    first = np.where(positive[rows].any(axis=1), positive[rows].argmax(axis=1), findings)
+    places = interleave(np.bincount(first, minlength=findings + 1).tolist())
+    result = np.empty_like(rows)
+    for stratum in np.unique(first):
+        result[places == stratum] = _stratified(positive[:, stratum + 1 :], rows[first == stratum])
     return result

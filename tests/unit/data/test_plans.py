@@ -1,0 +1,286 @@
+"""Plans: keys that last, ranks whose prefixes keep the shares, balanced targets out of real images only."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raysynth.core.errors import DataError
+from raysynth.core.experiment import Experiment, Labels, Plan, TrainingSet
+from raysynth.core.schemas import plan_schema
+from raysynth.data.balance import cells_of, joint_table, target_counts
+from raysynth.data.plans import build_plan, plan_sources, select
+from raysynth.data.strata import interleave
+from tests.unit.data.test_subsets import image_table
+
+
+def experiment(kind: str = "single", training_set: dict | None = None, **plan: Any) -> Experiment:
+    e = Experiment(name="t", plan=Plan(**plan), training_set=TrainingSet(**(training_set or {})))
+    return dataclasses.replace(e, data=dataclasses.replace(e.data, labels=Labels(kind=kind)))  # type: ignore[arg-type]
+
+
+def keys(plan: pa.Table) -> set[str]:
+    return set(plan["row_key"].to_pylist())
+
+
+def by_key(plan: pa.Table) -> list[dict]:
+    return sorted(plan.to_pylist(), key=lambda r: r["row_key"])
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_every_prefix_keeps_every_share_to_less_than_a_row(counts: list[int]) -> None:
+    places, total = interleave(counts), sum(counts)
+    assert np.bincount(places, minlength=len(counts)).tolist() == counts
+    so_far = np.cumsum(np.eye(len(counts))[places], axis=0)
+    fair = np.outer(np.arange(1, total + 1), counts) / max(1, total)
+    assert total == 0 or np.abs(so_far - fair).max() < 1
+
+
+def test_a_long_tail_is_not_bunched() -> None:
+    # 100 classes of one image beside one of 100: by (j + 1/2) / m, 50 of the large one would come first.
+    places = interleave([100] + [1] * 100)
+    assert abs((places[:50] == 0).sum() - 25) <= 1
+
+
+@given(
+    rows=st.integers(60, 150), classes=st.integers(2, 5), multi=st.booleans(), replicas=st.integers(1, 4),
+    seed=st.integers(0, 9), shuffle=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_replicate(rows: int, classes: int, multi: bool, replicas: int, seed: int, shuffle: int) -> None:
+    table = image_table(rows, classes, multi=multi, seed=seed)
+    e = experiment("multi" if multi else "single", replicas=replicas, seed=seed)
+    plan = build_plan(table, e)
+    sources = plan_sources(table, e)
+    n = sources.num_rows
+    assert plan.schema == plan_schema([f"c{i}" for i in range(classes)], ["sex"])
+    assert plan.num_rows == len(keys(plan)) == n * replicas
+    assert plan["rank"].to_pylist() == list(range(n * replicas))
+    assert plan["replica"].to_pylist() == [r for r in range(replicas) for _ in range(n)]
+    assert set(plan["split"].to_pylist()) == {"train"}
+    # Labels and attributes are the source's own.
+    source = sources.take(pc.index_in(plan["source_image_id"], value_set=sources["image_id"]))
+    for name in [f"label_c{i}" for i in range(classes)] + ["attr_sex"]:
+        assert plan[name].to_pylist() == source[name].to_pylist()
+    # A replica round's prefixes keep the shares: each class and the rarest finding to less than one row.
+    labels = np.array([plan[f"label_c{i}"].to_pylist()[:n] for i in range(classes)])
+    fair = np.outer(labels.sum(axis=1), np.arange(1, n + 1)) / n
+    off = np.abs(np.cumsum(labels, axis=1) - fair).max(axis=1)
+    rarity = labels.sum(axis=1).argsort(kind="stable").argsort()
+    assert (off < (2 * rarity + 1 if multi else 1)).all()
+    # The order of the table's rows does not matter.
+    other = table.take(np.random.default_rng(shuffle).permutation(rows))
+    assert build_plan(other, e).equals(plan)
+
+
+@given(ratio=st.floats(0, 3), more=st.floats(0, 1), quota=st.integers(0, 40))
+@settings(max_examples=50, deadline=None)
+def test_selections_are_nested(ratio: float, more: float, quota: int) -> None:
+    plan = build_plan(image_table(classes=3, multi=True), experiment("multi", replicas=4))
+    n = plan.num_rows // 4
+    small, large = (select(plan, n, Plan(ratio=r)) for r in (ratio, ratio + more))
+    assert not (small & ~large).any()
+    assert small.sum() == np.ceil(round(ratio * n, 6))
+    small, large = (select(plan, n, Plan(quota={"c0": q, "c2": q})) for q in (quota, quota + 3))
+    assert not (small & ~large).any()
+    for name in ("c0", "c2"):
+        assert pc.sum(plan.filter(pa.array(small))[f"label_{name}"]).as_py() <= quota
+
+
+def test_selection_counts() -> None:
+    plan = build_plan(image_table(), experiment(replicas=2))
+    n = plan.num_rows // 2
+    assert select(plan, n, Plan()).all()
+    assert select(plan, n, Plan(n_synth=7)).nonzero()[0].tolist() == list(range(7))
+    # Whole ratios are whole replicas, as in the Synthetically Enhanced recipe.
+    assert (select(plan, n, Plan(ratio=1)) == (plan["replica"].to_numpy() < 1)).all()
+    assert select(plan, 30, Plan(ratio=0.1)).sum() == 3
+    quota = plan.filter(pa.array(select(plan, n, Plan(quota={"c1": 4}))))
+    assert pc.sum(quota["label_c1"]).as_py() == 4
+    assert pc.sum(quota["label_c0"]) == pc.sum(plan["label_c0"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "text"),
+    [
+        (Plan(ratio=3), r"plan.ratio: got 3, must be at most 2 \(\d+ rows.*Raise plan.replicas"),
+        (Plan(n_synth=10**6), r"plan.n_synth: got 1000000, must be at most \d+"),
+        (Plan(quota={"c11": 3}), r"plan.quota.c11: .* Did you mean c1\?"),
+        (Plan(quota={"c1": -3}), r"plan.quota.c1: got -3, must be >= 0"),
+    ],
+)
+def test_selections_that_cannot_be(wanted: Plan, text: str) -> None:
+    plan = build_plan(image_table(), experiment(replicas=2))
+    with pytest.raises(DataError, match=text):
+        select(plan, plan.num_rows // 2, wanted)
+
+
+def test_what_changes_row_keys() -> None:
+    table = image_table()
+    three = build_plan(table, experiment(replicas=3))
+    # More replicas and another seed keep keys; so does one more image for all images but itself.
+    assert keys(three) < keys(build_plan(table, experiment(replicas=10)))
+    reseeded = build_plan(table, experiment(replicas=3, seed=1))
+    assert keys(reseeded) == keys(three)
+    assert reseeded["row_key"] != three["row_key"]
+    new = table.slice(0, 1)
+    for at, (name, value) in enumerate({"image_id": "new", "split": "train", "patient_id": "pn"}.items()):
+        new = new.set_column(at, name, pa.array([value]))
+    grown = build_plan(pa.concat_tables([table, new]), experiment(replicas=3))
+    assert len(keys(grown) - keys(three)) == 3
+    assert keys(three) < keys(grown)
+    # A changed label or attribute of an image is another picture; an unknown one added changes nothing.
+    sex = ["F" if v == "M" else v for v in table["attr_sex"].to_pylist()]
+    table_of_women = table.set_column(table.num_columns - 1, "attr_sex", pa.array(sex))
+    swapped = build_plan(table_of_women, experiment(replicas=3))
+    men = {r["row_key"] for r in three.to_pylist() if r["attr_sex"] == "M"}
+    assert keys(three) - keys(swapped) == men
+    wider = table.append_column("attr_view", pa.nulls(table.num_rows, pa.string()))
+    assert keys(build_plan(wider, experiment(replicas=3))) == keys(three)
+
+
+def test_a_key_is_what_it_was_in_the_first_release() -> None:
+    """Golden: if this fails, every stored synthetic set would be rendered again."""
+    table = pa.table({
+        "image_id": ["a"], "split": ["train"], "patient_id": ["p"],
+        "label_x": pa.array([1], pa.int8()), "attr_sex": ["F"],
+    })  # fmt: skip
+    plan = build_plan(table, experiment(replicas=1))
+    assert plan["row_key"].to_pylist() == ["618e503a35dbd5963b8662c474ff9342"]
+
+
+def test_sources_are_the_real_subset_of_the_train_split() -> None:
+    table = image_table()
+    plan = build_plan(table, experiment(training_set={"n_per_class": 5}, replicas=2))
+    assert plan.num_rows == 30
+    splits = dict(zip(table["image_id"].to_pylist(), table["split"].to_pylist()))
+    assert {splits[i] for i in plan["source_image_id"].to_pylist()} == {"train"}
+
+
+def test_balanced_shares_keys_with_replicate_and_goes_round_its_sources() -> None:
+    table = image_table()
+    plan = build_plan(table, balanced(600, ["label", "sex"], {}))
+    assert plan.num_rows == len(keys(plan)) == 600
+    cells = plan.group_by(["label_c0", "label_c1", "attr_sex"]).aggregate([("row_key", "count")])
+    assert cells["row_key_count"].to_pylist() == [100] * 6
+    replicas = max(plan["replica"].to_pylist()) + 1
+    assert keys(plan) < keys(build_plan(table, experiment(replicas=replicas)))
+    # No source is used again before every source of its cell was.
+    used: dict[tuple, dict[str, int]] = {}
+    for r in plan.to_pylist():
+        cell = used.setdefault((r["label_c0"], r["label_c1"], r["attr_sex"]), {})
+        assert r["replica"] == cell.get(r["source_image_id"], 0)
+        cell[r["source_image_id"]] = r["replica"] + 1
+    assert all(max(c.values()) - min(c.values()) <= 1 for c in used.values())
+    # Every prefix is balanced.
+    assert len({(r["label_c0"], r["label_c1"], r["attr_sex"]) for r in plan.slice(0, 6).to_pylist()}) == 6
+
+
+def balanced(n: int, over: list[str], targets: dict[str, float], kind: str = "single") -> Experiment:
+    e = experiment(kind)
+    return dataclasses.replace(e, plan=Plan(kind="balanced", n=n, over=over, targets=targets))
+
+
+def test_balanced_targets() -> None:
+    table = image_table()
+    shares = build_plan(table, balanced(200, ["label", "sex"], {"label=c0": 0.5, "label=c1,sex=F": 0.2}))
+    count = lambda **want: sum(all(r[k] == v for k, v in want.items()) for r in shares.to_pylist())  # noqa: E731
+    assert count(label_c0=1) == 100
+    assert count(label_c0=1, attr_sex="F") == 50
+    assert count(label_c1=1, attr_sex="F") == 40
+    # The three cells that no target names share the rest equally.
+    rest = [("label_c1", "M"), ("label_c2", "F"), ("label_c2", "M")]
+    assert [count(**{label: 1, "attr_sex": sex}) for label, sex in rest] == [20] * 3
+    counts = build_plan(table, balanced(100, ["label"], {"label=c2": 90}))
+    assert [pc.sum(counts[f"label_c{i}"]).as_py() for i in range(3)] == [5, 5, 90]
+
+
+def test_balanced_findings_are_real_label_vectors() -> None:
+    table = image_table(multi=True, classes=4)
+    e = balanced(400, ["c3"], {"c3=1": 0.5}, "multi")
+    plan = build_plan(table, e)
+    assert pc.sum(plan["label_c3"]).as_py() == 200
+    names = [f"label_c{i}" for i in range(4)]
+    vectors = lambda t: {tuple(r.values()) for r in t.select(names).to_pylist()}  # noqa: E731
+    assert vectors(plan) <= vectors(plan_sources(table, e))
+
+
+def test_uncertain_findings_follow_their_policy() -> None:
+    table = image_table(multi=True)
+    raw = table["label_c0"].to_pylist()
+    raw[:100] = [-1] * 50 + [None] * 50
+    table = table.set_column(table.schema.get_field_index("label_c0"), "label_c0", pa.array(raw, pa.int8()))
+    images = {}
+    for policy in ("ignore", "zeros", "ones"):
+        cells = cells_of(table, ["c0"], Labels(kind="multi", policy={"c0": policy}))  # type: ignore[dict-item]
+        images[policy] = cells.images
+    assert images["ignore"].sum() == 200
+    assert (images["zeros"] - images["ignore"]).tolist() == [100, 0]
+    assert (images["ones"] - images["ignore"]).tolist() == [0, 100]
+
+
+def without_women_of_c2(table: pa.Table) -> pa.Table:
+    return table.filter((pc.field("label_c2") != 1) | (pc.field("attr_sex") != "F"))
+
+
+@pytest.mark.parametrize(
+    ("over", "targets", "text"),
+    [
+        (["label", "sex"], {"label=c2,sex=F": 0.3}, r"label=c2,sex=F: .*nearest is label=c\d,sex="),
+        (["label", "sx"], {}, r"plan.over\[1\]: got 'sx'.*Did you mean sex\?"),
+        (["label", "age"], {}, "Balance over age_bin"),
+        (["label"], {"lable=c1": 0.3}, r"Did you mean label\?"),
+        (["label"], {"label=c11": 0.3}, r"Did you mean c1\?"),
+        (["label"], {"label": 0.3}, "column=category"),
+        (["label"], {"label=c0,label=c1": 0.3}, "one category of label"),
+        (["c0", "c1"], {"c0=1,c1=1": 0.3}, "A single-label image has one class"),
+        (["label"], {"label=c0": 0.7, "label=c1": 0.7}, r"to 1.4', must be at most 1\. Scale each by 0.714"),
+        (["label"], {"label=c0": 0.2, "label=c1": 0.2, "label=c2": 0.2}, r"to 0.6', must be 1\. Scale"),
+        (["label"], {"label=c0": 80, "label=c1": 80}, r"add up to 160.*plan.n \(100\).*set plan.n=160"),
+        (["label"], {"label=c0": 0.5, "label=c1": 30}, "like all the others"),
+        (["label"], {"label=c0": -1}, "like all the others"),
+        (["label", "sex"], {"label=c0": 0.5, "sex=F": 0.3}, "Both say how many label=c0,sex=F"),
+    ],
+)  # fmt: skip
+def test_contradictions_name_the_way_out(over: list[str], targets: dict[str, float], text: str) -> None:
+    table = without_women_of_c2(image_table())
+    table = table.append_column("attr_age", pa.array(["40"] * table.num_rows))
+    with pytest.raises(DataError, match=text):
+        build_plan(table, balanced(100, over, targets))
+
+
+def test_cells_without_a_real_image_get_nothing() -> None:
+    table = without_women_of_c2(image_table())
+    cells = cells_of(table, ["label", "sex"], Labels())
+    assert len(cells.codes) == 5
+    assert target_counts(cells, 102, {}).tolist() == [21, 21, 20, 20, 20]
+
+
+def test_joint_table_shows_plan_against_real() -> None:
+    table = image_table()
+    e = balanced(90, ["label"], {"label=c0": 80})
+    plan, sources = build_plan(table, e), plan_sources(table, e)
+    joint = joint_table(plan, sources, ["label"], e.data.labels).to_pylist()
+    assert [r["label"] for r in joint] == ["c0", "c1", "c2"]
+    assert [r["synthetic"] for r in joint] == [80, 5, 5]
+    assert [r["real"] for r in joint] == [pc.sum(sources[f"label_c{i}"]).as_py() for i in range(3)]
+    assert joint[0]["max_replicas"] == -(-80 // joint[0]["real"])
+    assert joint[1]["sources"] == 5
+    assert sum(r["synthetic_share"] for r in joint) == pytest.approx(1, abs=1e-5)
+
+
+def test_many_rows_in_seconds() -> None:
+    table = image_table(rows=20_000, classes=10)
+    started = time.perf_counter()
+    plan = build_plan(table, experiment(replicas=16))
+    assert plan.num_rows > 150_000
+    assert time.perf_counter() - started < 5
