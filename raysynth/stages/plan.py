@@ -1,0 +1,104 @@
+"""Stage `plan`: the ingest artifact's table -> `plan/<name>-<fp12>/rows.parquet` and `joint.csv`. Needs no
+ray.
+
+The artifact holds every row of the plan. `plan.ratio`, `plan.n_synth` and `plan.quota` only select from it
+and are no part of its identity, so that a larger ratio is the same plan and its earlier rows stay rendered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pyarrow as pa
+import pyarrow.csv
+from rich.table import Table
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.experiment import Experiment
+from raysynth.core.progress import console, say
+from raysynth.core.schemas import from_parquet, to_parquet
+from raysynth.core.storage import Storage
+from raysynth.data.balance import joint_table
+from raysynth.data.plans import build_plan, plan_sources, select
+
+STAGE_VERSION = 1
+SELECTION = ("ratio", "n_synth", "quota")
+ROW_GROUP = 65_536
+"""Rows a parquet row group: a reader of one shard's rows need not load a million."""
+SHOWN_CELLS = 30
+
+
+def plan_artifact(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) -> Artifact:
+    """The plan's artifact, whether or not it exists yet. Raises EnvironmentFault if ingest is not
+    complete."""
+    section = {k: v for k, v in dataclasses.asdict(experiment.plan).items() if k not in SELECTION}
+    config = {"plan": section, "training_set": experiment.training_set}
+    inputs = {"images": ingest_artifact.digest()}
+    return Artifact.at(storage, "plan", experiment.name, STAGE_VERSION, config, inputs)
+
+
+def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) -> Artifact:
+    """Builds the plan if it is not there, and says how many rows it wants.
+
+    Raises:
+        DataError: targets or selection contradict the real images; see `data.plans`.
+    """
+    artifact = plan_artifact(experiment, storage, ingest_artifact)
+    if not artifact.complete:
+        table = from_parquet(storage.get(ingest_artifact.file("table.parquet")))
+        rows = build_plan(table, experiment)
+        sources = plan_sources(table, experiment)
+        joint = joint_table(rows, sources, experiment.plan.over, experiment.data.labels)
+        groups = [min(ROW_GROUP, rows.num_rows - at) for at in range(0, rows.num_rows, ROW_GROUP)]
+        artifact.put("rows.parquet", to_parquet(rows, groups))
+        text = io.BytesIO()
+        pyarrow.csv.write_csv(joint, text)
+        artifact.put("joint.csv", text.getvalue())
+        artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": joint.num_rows})
+        show_joint(joint, experiment.plan.over)
+    counts = artifact.run_info()["counts"]
+    wanted = selected_rows(experiment, storage, artifact, ["rank"]).num_rows
+    say(f"plan: {wanted:,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
+    return artifact
+
+
+def load_plan(storage: Storage, artifact: Artifact, columns: list[str] | None = None) -> pa.Table:
+    """Every row of the plan by rank (core.schemas.plan_schema)."""
+    return from_parquet(storage.get(artifact.file("rows.parquet")), columns)
+
+
+def selected_rows(
+    experiment: Experiment, storage: Storage, artifact: Artifact, columns: list[str] | None = None
+) -> pa.Table:
+    """Rows that `plan.ratio`, `plan.n_synth` or `plan.quota` select, by rank.
+
+    Args:
+        columns: those wanted; null: all.
+
+    Raises:
+        DataError: more rows than the plan has, or an unknown class in `plan.quota`.
+    """
+    rows = load_plan(storage, artifact, None if experiment.plan.quota else columns)
+    mask = select(rows, artifact.run_info()["counts"]["n_real"], experiment.plan)
+    rows = rows.filter(pa.array(mask))
+    return rows.select(columns) if columns is not None else rows
+
+
+def show_joint(joint: pa.Table, over: list[str]) -> None:
+    """Prints the joint table: share of each cell among real and synthetic images, and the most replicas of
+    one."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in over:
+        table.add_column(name)
+    for name in ("real", "%", "synthetic", "%", "sources", "max replicas"):
+        table.add_column(name, justify="right")
+    for row in joint.slice(0, SHOWN_CELLS).to_pylist():
+        table.add_row(
+            *(row[n] for n in over), f"{row['real']:,}", f"{100 * row['real_share']:.1f}",
+            f"{row['synthetic']:,}", f"{100 * row['synthetic_share']:.1f}", f"{row['sources']:,}",
+            f"{row['max_replicas']:,}",
+        )  # fmt: skip
+    console.print(table)
+    if joint.num_rows > SHOWN_CELLS:
+        say(f"... {joint.num_rows - SHOWN_CELLS} more cells in joint.csv")

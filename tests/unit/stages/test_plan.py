@@ -1,0 +1,71 @@
+"""The plan's artifact: what is in its identity, what is only a selection. No ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.errors import DataError
+from raysynth.core.experiment import Experiment, Plan, TrainingSet
+from raysynth.core.schemas import to_parquet
+from raysynth.core.storage import Storage, open_storage
+from raysynth.stages.plan import load_plan, plan, plan_artifact, selected_rows
+from tests.unit.data.test_subsets import image_table
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path))
+
+
+@pytest.fixture
+def images(storage: Storage) -> Artifact:
+    artifact = Artifact.at(storage, "ingest", "t", 1, {}, {})
+    artifact.put("table.parquet", to_parquet(image_table()))
+    artifact.commit({})
+    return artifact
+
+
+def experiment(**wanted: Any) -> Experiment:
+    return Experiment(name="t", training_set=TrainingSet(n_per_class=5), plan=Plan(replicas=4, **wanted))
+
+
+def test_plan_is_stored_and_read(
+    storage: Storage, images: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifact = plan(experiment(ratio=2), storage, images)
+    assert "plan: 30 of 60 rows wanted, from 15 real images" in capsys.readouterr().out
+    assert [e.path.rsplit("/", 1)[1] for e in storage.list(artifact.path)] == [
+        "_SUCCESS", "config.yaml", "joint.csv", "rows.parquet", "run.json",
+    ]  # fmt: skip
+    rows = load_plan(storage, artifact)
+    assert rows["rank"].to_pylist() == list(range(60))
+    assert selected_rows(experiment(ratio=2), storage, artifact).equals(rows.slice(0, 30))
+    assert selected_rows(experiment(quota={"c0": 0}), storage, artifact, ["row_key"]).num_rows == 40
+    joint = storage.get(artifact.file("joint.csv")).decode().splitlines()
+    assert joint[1] == '"c0",5,0.333333,20,0.333333,5,4'
+    assert artifact.run_info()["counts"] == {"rows": 60, "n_real": 15, "cells": 3}
+
+
+def test_a_selection_is_the_same_plan(storage: Storage, images: Artifact) -> None:
+    path = plan_artifact(experiment(), storage, images).path
+    for same in (experiment(ratio=2), experiment(n_synth=3), experiment(quota={"c0": 1})):
+        assert plan_artifact(same, storage, images).path == path
+    for other in (
+        experiment(seed=1), dataclasses.replace(experiment(), training_set=TrainingSet(n_per_class=6)),
+        dataclasses.replace(experiment(), plan=Plan(replicas=5)),
+    ):  # fmt: skip
+        assert plan_artifact(other, storage, images).path != path
+    first = plan(experiment(), storage, images)
+    before = storage.list(first.path)
+    plan(experiment(ratio=3), storage, images)
+    assert storage.list(first.path) == before
+
+
+def test_more_than_the_plan_has_is_refused(storage: Storage, images: Artifact) -> None:
+    with pytest.raises(DataError, match=r"plan.ratio: got 5.0, must be at most 4 .*Raise plan.replicas"):
+        plan(experiment(ratio=5.0), storage, images)
