@@ -1,0 +1,141 @@
+"""Failing, dying and sick: which rows pay (invariant 4). Real processes die here."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from raysynth.synth.attempts import Attempt, History
+from raysynth.synth.fake import FakeRenderer
+from raysynth.synth.shards import ShardRunner, SickWorker
+from raysynth.synth.verify import verify
+from raysynth.synth.waves import extend, pending
+from tests.engine import CONSTANTS, images, render_all, synthetic_set, wanted_rows
+
+KEYS = wanted_rows().column("row_key").to_pylist()
+
+
+def statuses(root: str) -> dict[str, tuple[str, str]]:
+    index = synthetic_set(root).index()
+    return {k: (s, r) for k, s, r in zip(index["row_key"], index["status"], index["reason"]) if s != "ok"}
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> dict[str, str]:
+    store = synthetic_set(str(tmp_path / "reference"))
+    render_all(store, wanted_rows(), FakeRenderer())
+    return images(store)
+
+
+@pytest.mark.parametrize("fault", ["broken", "raising"])
+def test_a_failing_row_fails_alone_after_two_actors(tmp_path: Path, reference: dict, fault: str) -> None:
+    root = str(tmp_path / "set")
+    bad = (KEYS[5], KEYS[6], KEYS[20])
+    found = render_all(synthetic_set(root), wanted_rows(), FakeRenderer(**{fault: bad}))
+    assert [s["outcome"] for s in found].count("second opinion") == 2  # two of five shards hold a bad row
+    failed = statuses(root)
+    assert set(failed) == set(bad)
+    assert all(("not finite" if fault == "broken" else "cannot be rendered") in r for _, r in failed.values())
+    assert images(synthetic_set(root)) == {k: v for k, v in reference.items() if k not in bad}
+    verdict = verify(synthetic_set(root), wanted_rows())
+    assert verdict.clean
+    assert verdict.failed == 3
+
+
+def test_a_row_that_fails_on_one_actor_only_is_ok(tmp_path: Path, reference: dict) -> None:
+    store = synthetic_set(str(tmp_path / "set"))
+    render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)), rounds=1)
+    assert len(pending(store, wanted_rows())) == 1
+    log = tmp_path / "log"
+    render_all(store, wanted_rows(), FakeRenderer(log=str(log)))
+    assert log.read_text().split() == [KEYS[5]]  # the first actor's good rows are kept
+    assert images(store) == reference
+
+
+def test_retry_failed_reopens_with_the_same_noise(tmp_path: Path, reference: dict) -> None:
+    store = synthetic_set(str(tmp_path / "set"))
+    render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)))
+    assert list(statuses(str(tmp_path / "set"))) == [KEYS[5]]
+    render_all(store, wanted_rows(), FakeRenderer(), reopen=[KEYS[5]])
+    assert images(store) == reference
+    assert verify(store, wanted_rows()).clean
+
+
+def one_process(root: str, deadly: tuple[str, ...]) -> None:
+    render_all(synthetic_set(root), wanted_rows(), FakeRenderer(deadly=deadly))
+
+
+def run_until_done(root: str, deadly: tuple[str, ...], limit: int = 40) -> int:
+    """Starts processes until one ends well, as Ray restarts actors; returns how many died."""
+    context = multiprocessing.get_context("fork")
+    for died in range(limit):
+        process = context.Process(target=one_process, args=(root, deadly))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            return died
+    pytest.fail(f"still dying after {limit} processes")
+
+
+@pytest.mark.parametrize("places", [(9,), (8, 11), (9, 10, 30)], ids=["one", "two in a batch", "three"])
+def test_a_deadly_row_is_quarantined_and_no_innocent_fails(
+    tmp_path: Path, reference: dict, places: tuple[int, ...]
+) -> None:
+    root = str(tmp_path / "set")
+    bad = tuple(KEYS[p] for p in places)
+    died = run_until_done(root, bad)
+    failed = statuses(root)
+    assert set(failed) == set(bad)
+    assert all("died twice" in r for _, r in failed.values())
+    assert images(synthetic_set(root)) == {k: v for k, v in reference.items() if k not in bad}
+    # Two deaths before care, halving a micro-batch of four, two deaths alone.
+    assert died <= 6 * len(bad)
+
+
+def test_deaths_of_the_machine_quarantine_nobody(tmp_path: Path, reference: dict) -> None:
+    """Processes killed while they render innocent rows: the shard becomes careful, its bytes stay the same."""
+    store = synthetic_set(str(tmp_path / "set"))
+    extend(store, wanted_rows(), 8, "test")
+    for _ in range(3):
+        Attempt(store, 1, "killed").begin()
+    assert Attempt(store, 1, "next").history.careful
+    render_all(store, wanted_rows(), FakeRenderer())
+    assert statuses(str(tmp_path / "set")) == {}
+    assert images(store) == reference
+
+
+def test_a_sick_worker_judges_no_row(tmp_path: Path, reference: dict) -> None:
+    store = synthetic_set(str(tmp_path / "set"))
+    extend(store, wanted_rows(), 8, "test")
+    sick = ShardRunner(store, FakeRenderer(sick_file=str(tmp_path / "sick")), 4, CONSTANTS)
+    for wave, shard in pending(store, wanted_rows()):
+        with pytest.raises(SickWorker):
+            sick.run(wave, shard)
+    assert len(pending(store, wanted_rows())) == 5
+    assert Attempt(store, 0, "next").history.deaths == 0  # the worker was at fault, and said so
+    render_all(store, wanted_rows(), FakeRenderer())
+    assert images(store) == reference
+
+
+def test_a_row_alone_and_in_a_batch(tmp_path: Path, reference: dict) -> None:
+    """Shards of one row in micro-batches padded to four give the bytes of full micro-batches."""
+    store = synthetic_set(str(tmp_path / "set"))
+    render_all(store, wanted_rows(), FakeRenderer(), shard_rows=1)
+    assert images(store) == reference
+
+
+def test_bisection_narrows_with_every_death() -> None:
+    def history(*steps: tuple[int, ...]) -> History:
+        return History(attempts=9, deaths=2 + len(steps), steps=steps)
+
+    places = [0, 1, 2, 3]
+    assert History().groups(places) == [places]
+    assert history().groups(places) == [places]
+    assert history((0, 1, 2, 3)).groups(places) == [[0, 1], [2, 3]]
+    assert history((2, 3)).groups(places) == [[2], [3], [0, 1]]
+    assert history((2,)).groups(places) == [[2], [0, 1, 3]]
+    assert history((2,), (2,)).groups(places) == [[0, 1, 3]]
+    assert history((2,), (2,)).quarantined == {2}
+    assert history((2,), (2,), (0, 1, 3)).groups(places) == [[0], [1, 3]]
