@@ -1,0 +1,204 @@
+"""Trains the pixel-space DDPM on Ray Train and exports it as a diffusers folder.
+
+Input: an ingest artifact. Output, under `train-generator/<name>-<fp>/`: `export/` (the generator, see
+raysynth.models.export), `samples/*.png`, `log/` (loss.jsonl and TensorBoard). While it trains, `checkpoints/` holds
+what a killed run goes on from. Which images the generator may see is `generator.train_on`'s to say; nothing of a
+validation or test patient ever reaches it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.errors import ConfigError, DataError, EnvironmentFault, RaysynthError
+from raysynth.core.experiment import Compute, Experiment, Generator, resolve_generator, resolve_image
+from raysynth.core.identity import content_digest
+from raysynth.core.progress import say
+from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet
+from raysynth.core.storage import S3Storage, Storage
+from raysynth.data.conditions import ConditionSpec
+from raysynth.data.subsets import generator_rows
+from raysynth.stages import training_loop
+from raysynth.stages.training_log import TrainingLog
+from raysynth.stages.views import build_view
+
+STAGE = "train-generator"
+STAGE_VERSION = 1
+WORKER_FAILURES = 3
+"""Times that Ray Train restarts the workers from the last checkpoint."""
+
+
+def generator_artifact(experiment: Experiment, storage: Storage, images: Artifact) -> Artifact:
+    """The stage's artifact for this experiment, whether or not it exists yet.
+
+    Args:
+        images: a complete ingest artifact.
+    """
+    config: dict[str, Any] = {"generator": _resolved(experiment)}
+    if experiment.generator.train_on != "train":
+        config["training_set"] = experiment.training_set
+    return Artifact.at(storage, STAGE, experiment.name, STAGE_VERSION, config, {"images": images.digest()})
+
+
+def train_generator(experiment: Experiment, storage: Storage, images: Artifact) -> Artifact:
+    """Trains and exports the generator; returned at once where it exists, continued where it was interrupted.
+
+    Ray must be connected (`stages.cluster.connect`).
+
+    Raises:
+        ConfigError: the batch cannot be shared among the workers; the loss diverged.
+        DataError: an image of a validation or test patient was selected.
+        EnvironmentFault: workers died more often than they are restarted.
+    """
+    artifact = generator_artifact(experiment, storage, images)
+    if artifact.complete:
+        return artifact
+    generator = _resolved(experiment)
+    table = from_parquet(storage.get(images.file("table.parquet")))
+    ids = generator_rows(table, experiment)
+    rows = training_rows(table, ids)
+    vocabulary = json.loads(storage.get(images.file("vocabulary.json")))
+    columns = {n: rows[n].to_pylist() for n in rows.column_names if n.startswith((LABEL, ATTRIBUTE))}
+    spec = ConditionSpec.build(vocabulary, generator.conditions, columns)
+    workers, gpu = _workers(generator, experiment.compute)
+    if not storage.exists(artifact.file("export.json")):
+        view = build_view(experiment, storage, images, generator.size or 0, ids)
+        channels = 1 if resolve_image(experiment.data.image).channels == "grey" else 3
+        facts = {
+            "n_real_generator": len(ids), "train_on": generator.train_on, "images_digest": images.digest(),
+            "ids_digest": content_digest((i, "") for i in ids), "channels": channels,
+            "licence": experiment.data.licence, "dataset": experiment.data.dataset or experiment.name,
+        }  # fmt: skip
+        say(f"{STAGE}: {len(ids):,} real images ({generator.train_on}), {generator.steps:,} steps of "
+            f"{generator.batch_size}, {max(1, workers)} {'GPU' if gpu else 'CPU'} process(es)")  # fmt: skip
+        with TrainingLog(storage, artifact.file("log"), STAGE, generator.steps) as log:
+            task = training_loop.Task(
+                storage, artifact.path, view.path, generator, spec, list(vocabulary["classes"]), facts,
+                experiment.compute, log.queue,
+            )  # fmt: skip
+            _fit(task, artifact, workers, gpu)
+    _commit(artifact, storage, experiment, len(ids))
+    return artifact
+
+
+def training_rows(table: pa.Table, ids: Sequence[str]) -> pa.Table:
+    """The rows of `ids`, after a second look that no validation or test image, nor its patient, is among them.
+
+    Raises:
+        DataError: one is, or an id is not in the table.
+    """
+    rows = table.filter(pc.is_in(table["image_id"], value_set=pa.array(ids, pa.string())))
+    if rows.num_rows != len(set(ids)):
+        raise DataError("image_id", sorted(set(ids) - set(rows["image_id"].to_pylist()))[:1], "in the image table")
+    held_out = table.filter(pc.not_equal(table["split"], "train"))["patient_id"].unique()
+    wrong = rows.filter(pc.or_(pc.not_equal(rows["split"], "train"), pc.is_in(rows["patient_id"], held_out)))
+    if wrong.num_rows:
+        first = wrong.slice(0, 1).to_pylist()[0]
+        raise DataError(
+            "generator.train_on", f"{first['image_id']} of patient {first['patient_id']}",
+            "an image of a patient of the train split only",
+            "The generator must not see validation or test patients.",
+        )  # fmt: skip
+    return rows
+
+
+def _resolved(experiment: Experiment) -> Generator:
+    return resolve_generator(experiment.generator, resolve_image(experiment.data.image))
+
+
+def _workers(generator: Generator, compute: Compute) -> tuple[int, bool]:
+    import ray
+
+    gpus = 0 if compute.use_gpu is False else int(ray.cluster_resources().get("GPU", 0))
+    workers = compute.train_workers if compute.train_workers is not None else gpus or 1
+    pieces = max(1, workers) * compute.train_accumulation
+    if generator.batch_size % pieces:
+        raise ConfigError(
+            "generator.batch_size", generator.batch_size,
+            f"divisible by training processes x accumulation ({pieces})",
+            "Set compute.train_workers to a divisor, or change the batch knowingly.",
+        )  # fmt: skip
+    return workers, gpus > 0 and workers > 0
+
+
+def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    for name in ("ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    storage, filesystem = artifact.storage, None
+    place = storage.url(artifact.file("checkpoints"))
+    if isinstance(storage, S3Storage):
+        import pyarrow.fs
+
+        # Through s3fs, because pyarrow's own S3 ignores the endpoint of stores other than AWS.
+        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
+        place = place.removeprefix("s3://")
+    resources: dict[str, float] = {"CPU": task.compute.train_threads or 1}
+    if gpu:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        training_loop.train,
+        train_loop_config={"task": task, "gpu": gpu, "local": workers == 0},
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            # The identity is in the name: under an old name Ray would hand back another config's result.
+            name=f"run-{artifact.fp}",
+            storage_path=place,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=WORKER_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = getattr(failure, "cause", failure)
+            if isinstance(cause, RaysynthError):
+                raise cause from None
+        raise EnvironmentFault(f"{STAGE}: training processes failed ({error}). The same command continues.") from error
+    except ControllerError as error:
+        raise EnvironmentFault(f"{STAGE}: Ray Train failed ({error}). The same command continues.") from error
+    diverged = (result.return_value or {}).get("diverged")
+    if diverged is not None:
+        raise ConfigError(
+            "generator.lr", task.generator.lr, f"lower: the loss was not finite at step {diverged}",
+            "Try a third of it, more generator.warmup_steps, or precision: bf16 instead of fp16.",
+        )  # fmt: skip
+
+
+def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, n_real: int) -> None:
+    files: dict[str, str] = json.loads(storage.get(artifact.file("export.json")))
+    for name, sha256 in files.items():
+        artifact.register(f"export/{name}", sha256)
+    facts = json.loads(storage.get(artifact.file("export/generator.json")))
+    seconds = _trained_seconds(artifact, storage)
+    artifact.commit(
+        {"n_real_generator": n_real, "steps": experiment.generator.steps},
+        weights_sha256=facts["weights_sha256"],
+        licences=[experiment.data.licence],
+        compute=dataclasses.asdict(experiment.compute),
+        train_seconds=seconds,
+    )
+    for entry in storage.list(artifact.file("checkpoints")):
+        storage.delete(entry.path)
+
+
+def _trained_seconds(artifact: Artifact, storage: Storage) -> float | None:
+    log = artifact.file("log/loss.jsonl")
+    if not storage.exists(log):
+        return None
+    rows = [json.loads(line) for line in storage.get(log).decode().splitlines()]
+    steps = [b["step"] - a["step"] for a, b in zip([{"step": 0}, *rows], rows, strict=False)]
+    return round(sum(n / r["steps_per_s"] for n, r in zip(steps, rows, strict=True) if r["steps_per_s"]), 1)

@@ -1,0 +1,98 @@
+"""Renders rows with an exported pixel-space DDPM.
+
+Input: a folder written by `train-generator` (diffusers U-Net, scheduler config, `condition.json`) and rows with a
+seed and `label_*` / `attr_*` values. Output: float images in [-1, 1]; the caller looks for faults and rounds to
+uint8 once. Knows nothing of shards, storage or training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raysynth.core.experiment import Sampling
+from raysynth.data.conditions import ConditionSpec
+from raysynth.synth.renderer import Row
+from raysynth.synth.samplers import HALF, sample
+
+
+class DDPMRenderer:
+    """One generator on one device. Sets this process's torch threads and determinism flags.
+
+    Args:
+        folder: local path of the exported generator.
+        sampling: sampler, steps, guidance, precision (half precision on CUDA only; a CPU renders in float32).
+        device: torch device.
+        threads: torch threads on a CPU.
+    """
+
+    def __init__(self, folder: str, sampling: Sampling, device: str = "cpu", threads: int = 1) -> None:
+        from diffusers import UNet2DConditionModel
+
+        self.sampling, self.device = sampling, torch.device(device)
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        place = Path(folder)
+        self.spec = ConditionSpec.from_json((place / "condition.json").read_bytes())
+        self.scheduler_config = json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
+        unet: Any = UNet2DConditionModel.from_pretrained(place / "unet", local_files_only=True, use_safetensors=True)
+        self.unet = unet.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        config = self.unet.config
+        self.shape = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
+
+    def facts(self) -> dict[str, Any]:
+        """What decides bytes besides weights and sampling."""
+        import diffusers
+
+        cuda = self.device.type == "cuda"
+        return {
+            "renderer": "ddpm",
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "dtype": self.sampling.precision if cuda and self.sampling.precision in HALF else "fp32",
+            "memory_format": "channels_last",
+            "cudnn_deterministic": True,
+            "tf32": False,
+            "cudnn": torch.backends.cudnn.version() if cuda else None,
+            "cuda": torch.version.cuda if cuda else None,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        }
+
+    def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
+        """Renders one micro-batch of constant shape.
+
+        A row without columns, and padding, get the null condition; padding starts from zeros instead of noise.
+
+        Args:
+            rows: `micro_batch` places; None is padding, whose output means nothing.
+            micro_batch: images rendered at once.
+
+        Returns:
+            images: (micro_batch, C, H, W) float32 in [-1, 1]; NaN where the network gave NaN.
+
+        Raises:
+            DataError: a row asks for what the generator has never seen.
+        """
+        if len(rows) != micro_batch:
+            raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch}; pad with None")
+        conditions = np.stack([self._condition(row) for row in rows])
+        generators = [None if row is None else torch.Generator("cpu").manual_seed(row.seed) for row in rows]
+        images = sample(
+            self.unet, self.scheduler_config, torch.from_numpy(conditions).to(self.device),
+            torch.from_numpy(self.spec.null).to(self.device), generators, self.shape, self.sampling,
+        )  # fmt: skip
+        return images.clamp(-1.0, 1.0).cpu().contiguous().numpy()
+
+    def _condition(self, row: Row | None) -> np.ndarray:
+        if row is None or not row.columns:
+            return self.spec.null
+        return self.spec.encode({name: [value] for name, value in row.columns.items()})[0]
