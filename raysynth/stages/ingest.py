@@ -1,0 +1,313 @@
+"""Real images -> the image table: every picture decoded, stored alike, grouped by patient and split.
+
+Two passes of Ray Data tasks (never a pool of actors, so that two CPUs suffice). In the first, one task reads and
+decodes one slice of the source and writes it to `work/`; only hashes, sizes and reasons come back. The driver finds
+patients and splits. In the second, one task writes one part. Parts are cut by the size of the picture, not by
+`compute`, so that equal data gives equal bytes; finished slices are found again after a crash.
+
+Outputs: `images/part-*.parquet`, `table.parquet` (without pictures and reports), `quarantine.parquet`,
+`vocabulary.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.errors import DataError
+from raysynth.core.experiment import Data, Experiment, ImageSpec, resolve_image
+from raysynth.core.identity import fp12, sha256_bytes
+from raysynth.core.progress import Progress, say
+from raysynth.core.schemas import ATTRIBUTE, IMAGE_TYPE, from_parquet, image_schema, to_parquet
+from raysynth.core.storage import Storage
+from raysynth.data.attributes import categories
+from raysynth.data.grouping import patients_and_units
+from raysynth.data.images import BadImage, prepare
+from raysynth.data.labels import label_array
+from raysynth.data.quarantine import Quarantine
+from raysynth.data.reading import ImageReader
+from raysynth.data.sources import SourceListing, list_source, require_positives
+from raysynth.data.splits import SPLITS, assign_splits, require_every_split
+from raysynth.stages import cluster
+
+STAGE_VERSION = 1
+
+PART_BYTES = 128 << 20
+"""Decoded bytes of the images in one part; encoded they are several times smaller."""
+LARGEST_PART = 4096
+
+FACTS = pa.schema([
+    ("row", pa.int64()), ("reason", pa.string()), ("height", pa.int32()), ("width", pa.int32()),
+    ("sha256", pa.string()), ("pixel_sha256", pa.string()), ("value_lo", pa.float32()), ("value_hi", pa.float32()),
+    ("phash", pa.uint64()),
+])  # fmt: skip
+"""What a worker tells of one image; `row` counts the listing's rows, `reason` is null for a good image."""
+
+WORK = pa.schema([*FACTS, ("png", pa.binary())])
+
+
+def ingest_artifact(experiment: Experiment, storage: Storage) -> tuple[Artifact, SourceListing]:
+    """The artifact of the experiment's data as it is now, complete or not, and what the source holds.
+
+    Raises:
+        DataError: the source cannot be listed.
+    """
+    listing = list_source(experiment.data, experiment.name)
+    data = dataclasses.replace(
+        experiment.data, dataset=experiment.data.dataset or experiment.name, image=resolve_image(experiment.data.image)
+    )
+    config = dataclasses.asdict(data)
+    del config["max_quarantined_fraction"]  # a gate changes no pixel
+    inputs = {"source": listing.digest}
+    return Artifact.at(storage, "ingest", experiment.name, STAGE_VERSION, config, inputs), listing
+
+
+def load_table(storage: Storage, artifact: Artifact) -> pa.Table:
+    """All columns of the image table but pictures and reports, in source order."""
+    return from_parquet(storage.get(artifact.file("table.parquet")))
+
+
+def load_vocabulary(storage: Storage, artifact: Artifact) -> dict[str, Any]:
+    """`vocabulary.json`: kind, classes, policy, attributes and counts."""
+    return json.loads(storage.get(artifact.file("vocabulary.json")))
+
+
+def ingest(experiment: Experiment, storage: Storage) -> Artifact:
+    """Makes the image table, unless it is there. Ray is connected by the caller.
+
+    Raises:
+        DataError: the data cannot be used as described.
+        GateFailed: more rows were quarantined than `data.max_quarantined_fraction`; the message says where they are
+            listed.
+    """
+    artifact, listing = ingest_artifact(experiment, storage)
+    if artifact.complete:
+        say(f"ingest: {artifact.path} is complete")
+        _clear_work(artifact)
+        return artifact
+    data = experiment.data
+    gate = (data.max_quarantined_fraction, storage, artifact.file("quarantine.csv"))
+    quarantine = Quarantine(listing)
+    quarantine.check(*gate)  # before hours of decoding
+
+    slices = _slices(listing.rows.num_rows, part_rows(data.image), experiment.compute.ingest_rows)
+    work = [_work_file(artifact, listing, start, stop) for start, stop in slices]
+    facts = _decode(artifact, data, listing, slices, work)
+    quarantine.add({row: why for row, why in enumerate(facts["reason"].to_pylist()) if why is not None})
+    quarantine.check(*gate)
+    rows, by, notes = _assign(data, listing, facts, quarantine)
+    quarantine.check(*gate)
+
+    schema = image_schema(listing.classes, listing.attributes)
+    _write_parts(artifact, data, rows, schema, slices, work)
+    table = rows.select([name for name in schema.names if name not in ("image", "report")])
+    vocabulary = _vocabulary(data, listing, table)
+    artifact.put("table.parquet", to_parquet(table))
+    artifact.put("quarantine.parquet", to_parquet(quarantine.table()))
+    artifact.put("vocabulary.json", (json.dumps(vocabulary, indent=1) + "\n").encode())
+    counts = {
+        "images": table.num_rows, "patients": len(pc.unique(table["patient_id"])), "patients_by": by,
+        "splits": vocabulary["counts"], "quarantined": quarantine.kinds(),
+    }  # fmt: skip
+    storage.delete(artifact.file("quarantine.csv"))
+    artifact.commit(counts, licence=data.licence, notes=notes)
+    _clear_work(artifact)
+    _summarise(artifact, counts, notes)
+    return artifact
+
+
+def part_rows(spec: ImageSpec) -> int:
+    """Source rows of one part: a function of the stored picture only."""
+    channels = 3 if resolve_image(spec).channels == "rgb" else 1
+    return max(64, min(LARGEST_PART, PART_BYTES // (spec.size * spec.size * channels)))
+
+
+def _slices(rows: int, part: int, rows_per_task: int) -> list[tuple[int, int]]:
+    """Half-open row ranges of at most `rows_per_task` that no part boundary cuts."""
+    return [
+        (start, min(start + rows_per_task, stop))
+        for first in range(0, rows, part)
+        for stop in (min(first + part, rows),)
+        for start in range(first, stop, rows_per_task)
+    ]
+
+
+def _work_file(artifact: Artifact, listing: SourceListing, start: int, stop: int) -> str:
+    """Named by what is in it, so that a later run finds it whatever else changed."""
+    locations = listing.rows["location"].slice(start, stop - start).to_pylist()
+    return artifact.file(f"work/{start:09d}-{fp12(locations)}.parquet")
+
+
+def _run_tasks(items: list[dict[str, Any]], task: Any, **kwargs: Any) -> Iterator[pa.Table]:
+    """One Ray task an item; the tables they return, as they finish."""
+    import ray
+
+    cluster.quiet_data_context()
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        task, batch_size=1, batch_format="pyarrow", fn_kwargs=kwargs, num_cpus=1
+    )
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def _decode(
+    artifact: Artifact, data: Data, listing: SourceListing, slices: list[tuple[int, int]], work: list[str]
+) -> pa.Table:
+    """First pass: writes the work files that are not there. Returns FACTS of every listed row, in order."""
+    locations = listing.rows["location"].to_pylist()
+    items = [
+        {"file": file, "start": start, "locations": locations[start:stop]}
+        for file, (start, stop) in zip(work, slices)
+    ]
+    tables = []
+    with Progress("ingest", len(locations), "images") as progress:
+        for facts in _run_tasks(items, decode_slice, storage=artifact.storage, data=data):
+            tables.append(facts.cast(FACTS))
+            progress.advance(facts.num_rows, failed=facts.num_rows - facts["reason"].null_count)
+    return pa.concat_tables(tables).sort_by("row")
+
+
+def decode_slice(batch: pa.Table, storage: Storage, data: Data) -> pa.Table:
+    """A worker's first pass over one slice: reads, decodes, stores it under `work/` and returns its FACTS."""
+    item = batch.to_pylist()[0]
+    if storage.exists(item["file"]):
+        with storage.open(item["file"]) as file:
+            return pq.read_table(file, columns=FACTS.names)
+    reader = ImageReader(data)
+    rows = [
+        {"row": row, **_prepared(reader, location, data.image)}
+        for row, location in enumerate(item["locations"], item["start"])
+    ]
+    table = pa.Table.from_pylist(rows, schema=WORK)
+    storage.put(item["file"], to_parquet(table))
+    return table.select(FACTS.names)
+
+
+def _prepared(reader: ImageReader, location: str, spec: ImageSpec) -> dict[str, Any]:
+    try:
+        return vars(prepare(reader.read(location), spec))
+    except BadImage as bad:
+        return {"reason": bad.reason}
+
+
+def _assign(
+    data: Data, listing: SourceListing, facts: pa.Table, quarantine: Quarantine
+) -> tuple[pa.Table, str, list[str]]:
+    """Patients and splits: the rows of the image table without pictures, how patients were told, and notes."""
+    good = pc.is_null(facts["reason"])
+    rows, facts = listing.rows.filter(good), facts.filter(good)
+    if not rows.num_rows:
+        raise DataError("data.path", data.path, "a source with at least one image that can be decoded")
+    labels = label_array(rows, listing.classes)
+    require_positives(listing.classes, labels, "images that can be decoded")
+    by = data.split.patients or ("column" if data.columns.patient else "none" if data.kind == "digits" else "hash")
+    patients, units = patients_and_units(
+        rows["image_id"].to_pylist(),
+        rows["patient"].to_pylist() if by == "column" else None,
+        facts["pixel_sha256"].to_pylist(),
+        facts["phash"].to_numpy() if by == "hash" else None,
+        data.split.hash_distance,
+    )
+    fixed = rows["split"].to_pylist()
+    result = assign_splits(units, patients, fixed, labels == 1, data.split)
+    quarantine.add({facts["row"][i].as_py(): why for i, why in result.conflicts.items()})
+    columns = {"split": result.split, "patient_id": patients}
+    columns |= {name: facts[name] for name in FACTS.names if name not in ("reason", "phash")}
+    table = rows.drop_columns(["split", "patient", "location"])
+    for name, column in columns.items():
+        table = table.append_column(name, column if isinstance(column, pa.ChunkedArray) else pa.array(column))
+    kept = np.array([i not in result.conflicts for i in range(table.num_rows)], bool)
+    table = table.filter(pa.array(kept))
+    notes = list(listing.notes)
+    if by == "hash":
+        notes.append("patients are told apart by near-identical pictures only; map data.columns.patient if you can")
+    if result.carved:
+        notes.append(f"the data fixes no {' and no '.join(result.carved)}; taken from its train images")
+    notes += require_every_split(
+        data.labels.kind, listing.classes, labels[kept] == 1, table["split"].to_pylist(), fixed
+    )
+    return table, by, notes
+
+
+def _write_parts(
+    artifact: Artifact, data: Data, rows: pa.Table, schema: pa.Schema, slices: list[tuple[int, int]], work: list[str]
+) -> None:
+    """Second pass: writes `images/part-*.parquet` and registers them."""
+    size = part_rows(data.image)
+    parts = pc.divide(rows["row"], size).to_numpy()
+    items = []
+    for part in np.unique(parts):
+        of_part = np.flatnonzero(parts == part)
+        facts = rows.slice(of_part[0], len(of_part))
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, facts.schema) as writer:
+            writer.write_table(facts)
+        items.append({
+            "name": f"images/part-{len(items):05d}.parquet", "rows": sink.getvalue().to_pybytes(),
+            "work": [file for file, (start, _) in zip(work, slices) if start // size == part],
+        })  # fmt: skip
+    with Progress("ingest: parts", len(items), "parts") as progress:
+        for done in _run_tasks(items, write_part, artifact=artifact, schema=schema, row_group=max(1, size // 8)):
+            for name, sha256 in zip(done["name"].to_pylist(), done["sha256"].to_pylist()):
+                artifact.register(name, sha256)
+                progress.advance(1)
+
+
+def write_part(batch: pa.Table, artifact: Artifact, schema: pa.Schema, row_group: int) -> pa.Table:
+    """A worker's second pass over one part: joins rows with their pictures. Returns the file's name and hash."""
+    item = batch.to_pylist()[0]
+    rows = pa.ipc.open_stream(item["rows"]).read_all()
+    pictures = pa.concat_tables(
+        [from_parquet(artifact.storage.get(file), ["row", "png"]) for file in item["work"]]
+    )
+    places = pc.index_in(rows["row"], pictures["row"].combine_chunks())
+    png = pictures["png"].take(places).combine_chunks()
+    image = pa.StructArray.from_arrays([png, pa.nulls(len(png), pa.string())], fields=list(IMAGE_TYPE))
+    table = rows.append_column("image", image).select(schema.names).cast(schema)
+    groups = [min(row_group, table.num_rows - start) for start in range(0, table.num_rows, row_group)]
+    content = to_parquet(table, groups)
+    artifact.storage.put(artifact.file(item["name"]), content)
+    return pa.table({"name": [item["name"]], "sha256": [sha256_bytes(content)]})
+
+
+def _vocabulary(data: Data, listing: SourceListing, table: pa.Table) -> dict[str, Any]:
+    positives, split = label_array(table, listing.classes) == 1, np.array(table["split"].to_pylist())
+    counts = {
+        name: {"images": int((split == name).sum())}
+        | {c: int(n) for c, n in zip(listing.classes, positives[split == name].sum(axis=0))}
+        for name in SPLITS
+    }
+    return {
+        "kind": data.labels.kind,
+        "classes": listing.classes,
+        "policy": dict(data.labels.policy),
+        "attributes": {
+            name: categories(name, table[ATTRIBUTE + name], data.age_bins) for name in listing.attributes
+        },
+        "counts": counts,
+    }
+
+
+def _clear_work(artifact: Artifact) -> None:
+    for entry in artifact.storage.list(artifact.file("work")):
+        artifact.storage.delete(entry.path)
+
+
+def _summarise(artifact: Artifact, counts: dict[str, Any], notes: list[str]) -> None:
+    say(f"ingest: {counts['images']:,} images of {counts['patients']:,} patients in {artifact.path}")
+    names = list(counts["splits"]["train"])
+    width = max(len(n) for n in names)
+    say(f"  {'':<{width}}" + "".join(f"{split:>9}" for split in SPLITS))
+    for name in names:
+        say(f"  {name:<{width}}" + "".join(f"{counts['splits'][split][name]:>9,}" for split in SPLITS))
+    for kind, count in counts["quarantined"].items():
+        say(f"  quarantined: {count:,} {kind}")
+    for note in notes:
+        say(f"  note: {note}")
