@@ -1,13 +1,13 @@
 """Reads an experiment file: YAML and `key=value` words -> a checked, frozen `Experiment`.
 
-Nothing below this module sees a DictConfig. Every refusal names the full key, what was got, what is allowed and
-the remedy.
+Nothing below this module sees a DictConfig. Every refusal names the full key, what was got, what is allowed
+and the remedy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from raysynth.core.checks import check
 from raysynth.core.errors import ConfigError
 from raysynth.core.experiment import Experiment, resolve_generator, resolve_image
+from raysynth.core.keys import check_keys, explain_value
 
 
 def load_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -30,234 +32,61 @@ def load_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
     if not file.is_file():
         near = [str(p) for p in sorted(Path("jobs").glob("**/*.yaml"))]
         hint = difflib.get_close_matches(path, near, n=1, cutoff=0.5)
-        raise ConfigError(
-            "EXPERIMENT", path, "a YAML file that exists", f"Did you mean {hint[0]}?" if hint else "See jobs/."
-        )
+        remedy = f"Did you mean {hint[0]}?" if hint else "See jobs/."
+        raise ConfigError("EXPERIMENT", path, "a YAML file that exists", remedy)
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise ConfigError("EXPERIMENT", path, "valid YAML in UTF-8", where) from error
     if not isinstance(content, dict):
-        raise ConfigError("EXPERIMENT", type(content).__name__, "a mapping of sections", "See jobs/ for examples.")
+        kind = type(content).__name__
+        raise ConfigError("EXPERIMENT", kind, "a mapping of sections", "See jobs/ for examples.")
     content.setdefault("name", file.stem)
     return build_experiment(content, overrides)
 
 
 def build_experiment(content: dict[str, Any], overrides: Sequence[str] = ()) -> Experiment:
     """An `Experiment` from a nested mapping and `key=value` words. Raises ConfigError."""
-    schema = OmegaConf.structured(Experiment)
-    known = [key for key, _ in _leaves(OmegaConf.to_container(schema))]
-    merged = _merge(schema, OmegaConf.create(content), known)
+    merged = _merge(OmegaConf.structured(Experiment), content)
     for word in overrides:
         key, sign, _ = word.partition("=")
-        if not sign:
+        if not sign or not key:
             raise ConfigError(word, word, "key=value", "Example: sampling.steps=50")
         try:
-            parsed = OmegaConf.from_dotlist([word])
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(key, word, "key=value", str(error).splitlines()[0]) from error
-        merged = _merge(merged, parsed, known)
+        merged = _merge(merged, parsed)
     try:
         experiment: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise _explain(error, known) from error
+        raise _explain(error, merged) from error
     check(experiment)
     return experiment
 
 
-def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        full = f"{prefix}{key}"
-        found.append((full, value))
-        if isinstance(value, dict):
-            found += _leaves(value, full + ".")
-    return found
-
-
-def _merge(schema: Any, content: DictConfig, known: list[str]) -> Any:
+def _merge(base: Any, content: dict[str, Any]) -> Any:
+    check_keys(content)
+    added = OmegaConf.create(content)
     try:
-        return OmegaConf.merge(schema, content)
+        return OmegaConf.merge(base, added)
     except OmegaConfBaseException as error:
-        raise _explain(error, known, content) from error
+        raise _explain(error, added) from error
 
 
-def _explain(error: OmegaConfBaseException, known: list[str], content: Any = None) -> ConfigError:
-    key = str(error.full_key or error.key or "experiment")
-    got = OmegaConf.select(content, key) if content is not None and error.full_key else None
-    if isinstance(got, DictConfig):
-        got = OmegaConf.to_container(got)
+def _explain(error: OmegaConfBaseException, content: DictConfig) -> ConfigError:
+    key = str(error.full_key or error.key)
     text = str(error.msg or error).splitlines()[0]
-    if key not in known and "not in" in text:
-        parent, _, last = key.rpartition(".")
-        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-        near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.4)
-        # The word may be right and the section wrong.
-        elsewhere = [k for k in known if k.rpartition(".")[2] == last]
-        guess = elsewhere[0] if elsewhere else f"{parent}.{near[0]}".lstrip(".") if near else ""
-        return ConfigError(
-            key, got, f"one of {', '.join(sorted(siblings)) or 'the known sections'}",
-            f"Did you mean {guess}?" if guess else "",
-        )  # fmt: skip
     if "Missing mandatory" in text:
         return ConfigError(key, None, "set", f"Add `{key}:` to the file.")
-    return ConfigError(key, got, f"of the right type ({text})")
-
-
-def _require(ok: bool, key: str, got: Any, allowed: str, remedy: str = "") -> None:
-    if not ok:
-        raise ConfigError(key, got, allowed, remedy)
-
-
-def check(e: Experiment) -> None:
-    """Everything that can be known to be wrong before any data is read. Raises ConfigError."""
-    _require(
-        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", e.name) is not None, "name", e.name,
-        "letters, digits, dash, underscore", "It names folders.",
-    )  # fmt: skip
-    _check_data(e)
-    _check_generator(e)
-    _check_plan(e)
-    _check_compute(e)
-
-
-def _check_data(e: Experiment) -> None:
-    d = e.data
-    _require(d.kind == "digits" or bool(d.path), "data.path", d.path, "set", "Where are the real images?")
-    if d.kind in ("csv", "parquet"):
-        c = d.columns
-        _require(
-            bool(c.label) != bool(c.findings), "data.columns", {"label": c.label, "findings": c.findings},
-            "either `label` or `findings`", "label: one column of class names; findings: one column a finding.",
-        )  # fmt: skip
-        _require(
-            not (c.findings and d.labels.kind == "single"), "data.labels.kind", "single",
-            "multi where data.columns.findings is used",
-        )  # fmt: skip
-        _require(
-            d.split.patients != "column" or c.patient is not None, "data.split.patients", "column",
-            "hash or none without data.columns.patient", "Map data.columns.patient.",
-        )  # fmt: skip
-    for name in d.columns.attributes:
-        _require(
-            re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None and name not in ("label", "age_bin"),
-            f"data.columns.attributes.{name}", name, "a lower-case word other than label and age_bin",
-        )  # fmt: skip
-    _require(len(set(d.labels.classes)) == len(d.labels.classes), "data.labels.classes", d.labels.classes, "unique")
-    s = d.split
-    for key, share in (("val", s.val), ("test", s.test)):
-        _require(0 <= share < 1, f"data.split.{key}", share, "a fraction in [0, 1)")
-    _require(s.val + s.test < 1, "data.split", s.val + s.test, "val + test < 1", "Nothing is left to train on.")
-    _require(0 <= s.hash_distance <= 10, "data.split.hash_distance", s.hash_distance, "0 to 10 bits of 64")
-    _require(4 <= d.image.size <= 4096, "data.image.size", d.image.size, "4 to 4096 pixels")
-    _require(d.age_bins == sorted(set(d.age_bins)), "data.age_bins", d.age_bins, "increasing years")
-    t = e.training_set
-    _require(
-        t.n_per_class is None or t.fraction is None, "training_set.fraction", t.fraction,
-        "null together with n_per_class",
-    )  # fmt: skip
-    _require(t.n_per_class is None or t.n_per_class >= 1, "training_set.n_per_class", t.n_per_class, ">= 1")
-    _require(t.fraction is None or 0 < t.fraction <= 1, "training_set.fraction", t.fraction, "in (0, 1]")
-
-
-def _check_generator(e: Experiment) -> None:
-    g = resolve_generator(e.generator, e.data.image)
-    size, multipliers = g.size or 0, g.channel_multipliers or []
-    shrink = 2 ** (len(multipliers) - 1)
-    _require(bool(multipliers), "generator.channel_multipliers", multipliers, "at least one level")
-    _require(
-        size % shrink == 0, "generator.size", size, f"a multiple of {shrink} for {len(multipliers)} levels",
-        f"Use {max(1, round(size / shrink)) * shrink}, or fewer generator.channel_multipliers.",
-    )  # fmt: skip
-    sides = [size // 2**i for i in range(len(multipliers))]
-    for side in g.attention_resolutions or []:
-        # A preset's list serves several sizes; only a typed one must fit.
-        _require(
-            e.generator.attention_resolutions is None or side in sides, "generator.attention_resolutions", side,
-            f"among the feature-map sides {sides}",
-        )  # fmt: skip
-    _require(
-        (g.base_channels or 0) % 8 == 0, "generator.base_channels", g.base_channels, "a multiple of 8 (group norm)"
-    )
-    heads = g.heads or 1
-    _require(
-        all((g.base_channels or 0) * m % heads == 0 for m in multipliers), "generator.heads", heads,
-        "a divisor of every level's channels",
-    )  # fmt: skip
-    _require(
-        not (g.prediction == "epsilon" and g.zero_terminal_snr), "generator.prediction", "epsilon",
-        "v where generator.zero_terminal_snr is true",
-        "At pure noise epsilon says nothing of the image: use prediction: v, or zero_terminal_snr: false.",
-    )  # fmt: skip
-    allowed = {"label", "age_bin", *e.data.columns.attributes, *(["site"] if e.data.columns.site else [])}
-    for i, name in enumerate(g.conditions):
-        _require(
-            name in allowed, f"generator.conditions[{i}]", name, f"one of {', '.join(sorted(allowed))}",
-            "Map the attribute under data.columns.attributes.",
-        )  # fmt: skip
-    _require(
-        not (g.flip and e.data.image.preset == "chest"), "generator.flip", True, "false for chest films",
-        "A mirrored chest film shows situs inversus.",
-    )  # fmt: skip
-    for key in ("timesteps", "batch_size", "steps"):
-        _require(getattr(g, key) >= 1, f"generator.{key}", getattr(g, key), ">= 1")
-    _require(0 <= g.ema_decay < 1, "generator.ema_decay", g.ema_decay, "in [0, 1)")
-    _require(0 <= g.condition_dropout < 1, "generator.condition_dropout", g.condition_dropout, "in [0, 1)")
-    _require(g.lr > 0, "generator.lr", g.lr, "> 0")
-
-
-def _check_plan(e: Experiment) -> None:
-    p, s = e.plan, e.sampling
-    typed = [k for k in ("ratio", "n_synth") if getattr(p, k) is not None] + (["quota"] if p.quota else [])
-    _require(len(typed) <= 1, "plan", typed, "at most one of ratio, n_synth, quota")
-    _require(p.replicas >= 1, "plan.replicas", p.replicas, ">= 1")
-    _require(
-        p.ratio is None or p.ratio >= 0, "plan.ratio", p.ratio, ">= 0", "Leave it out to render every row."
-    )
-    _require(p.n_synth is None or p.n_synth >= 0, "plan.n_synth", p.n_synth, ">= 0")
-    if p.kind == "balanced":
-        _require(p.n is not None and p.n >= 1, "plan.n", p.n, ">= 1 for a balanced plan")
-        _require(bool(p.over), "plan.over", p.over, "at least one column to balance")
-    else:
-        _require(not p.targets, "plan.targets", p.targets, "empty for kind: replicate", "Use kind: balanced.")
-    _require(
-        s.guidance_scale >= 1, "sampling.guidance_scale", s.guidance_scale, ">= 1",
-        "CFG 0 in Mediffusion and w = 0 in Ho & Salimans are 1 here: guidance_scale 1 is the conditional model alone.",
-    )  # fmt: skip
-    _require(
-        s.guidance_scale == 1 or e.generator.condition_dropout > 0, "sampling.guidance_scale", s.guidance_scale,
-        "1 with generator.condition_dropout 0", "The generator never learned the unconditional model.",
-    )  # fmt: skip
-    _require(0 <= s.guidance_rescale <= 1, "sampling.guidance_rescale", s.guidance_rescale, "in [0, 1]")
-    _require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
-    _require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
-    _require(
-        1 <= s.steps <= e.generator.timesteps, "sampling.steps", s.steps,
-        f"1 to generator.timesteps ({e.generator.timesteps})",
-    )  # fmt: skip
-
-
-def _check_compute(e: Experiment) -> None:
-    c, g = e.compute, e.generator
-    for key in ("render_workers", "micro_batch", "shard_rows", "render_threads", "ingest_rows", "train_threads",
-                "checkpoint_every", "sample_every", "train_accumulation"):  # fmt: skip
-        value = getattr(c, key)
-        _require(value is None or value >= 1, f"compute.{key}", value, ">= 1")
-    _require(c.shard_seconds > 0, "compute.shard_seconds", c.shard_seconds, "> 0")
-    _require(0 <= c.max_failed_fraction <= 1, "compute.max_failed_fraction", c.max_failed_fraction, "in [0, 1]")
-    pieces = max(1, c.train_workers or 1) * c.train_accumulation
-    _require(
-        g.batch_size % pieces == 0, "generator.batch_size", g.batch_size,
-        f"divisible by train_workers x train_accumulation ({pieces})",
-        "The global batch is science: change the workers or the batch knowingly.",
-    )  # fmt: skip
+    if "nterpolation" in text or "Environment variable" in text:
+        return ConfigError(key, None, "something that resolves", text)
+    return explain_value(key, OmegaConf.select(content, key))
 
 
 def resolved(e: Experiment) -> Experiment:
     """`e` with every preset written out; what `--dry-run` prints."""
-    import dataclasses
-
     image = resolve_image(e.data.image)
     return dataclasses.replace(
         e, data=dataclasses.replace(e.data, image=image), generator=resolve_generator(e.generator, image)

@@ -47,8 +47,8 @@ class Labels:
     """The vocabulary, in order; empty: the sorted class names found."""
     separator: str = "|"
     """Between several names in one `label` column (multi)."""
-    policy: dict[str, Literal["ignore", "zeros", "ones"]] = field(default_factory=dict)
-    """Finding -> what an uncertain (-1) or missing annotation means at use; default ignore."""
+    policy: dict[str, str] = field(default_factory=dict)
+    """Finding -> what an uncertain (-1) or missing annotation means at use: ignore (default), zeros or ones."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,13 @@ class Split:
     """Fraction for test."""
     seed: int = 0
     patients: Literal["column", "hash", "none"] | None = None
-    """column: `data.columns.patient`; hash: images alike by exact or perceptual hash are one patient; none: every
-    image is its own patient. Null: column if mapped, else hash."""
+    """column: `data.columns.patient`; hash: images alike by exact or perceptual hash are one patient; none:
+    every image is its own patient. Null: column if mapped, else hash."""
     hash_distance: int = 2
     """Largest Hamming distance of 64-bit perceptual hashes that makes two images one patient."""
     on_conflict: Literal["refuse", "quarantine"] = "refuse"
-    """A patient in two fixed splits: refuse the data, or keep the most held-out split and quarantine the rest."""
+    """A patient in two fixed splits: refuse the data, or keep the most held-out split and quarantine the
+    rest."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ class Generator:
     preset: Literal["tiny", "small", "base", "paper"] = "tiny"
     """tiny 0.7 M parameters (CPU, <= 32 px) ... paper: 128 channels, multipliers 1,1,2,2,4,4, 256 px."""
     train_on: Literal["classifier_subset", "train", "donor"] = "classifier_subset"
-    """Which real images the generator sees: the classifier's subset; the whole train split; or the train split
-    without the subset's patients. More than the subset must be typed, and reports say so."""
+    """Which real images the generator sees: the classifier's subset; the whole train split; or the train
+    split without the subset's patients. More than the subset must be typed, and reports say so."""
     size: int | None = None
     """Side of generated images, pixels; null: data.image.size."""
     base_channels: int | None = None
@@ -145,7 +146,8 @@ class Generator:
     conditions: list[str] = field(default_factory=lambda: ["label"])
     """What the generator is told: `label` and any attribute names; `age` enters in decades."""
     condition_dropout: float = 0.1
-    """Probability of training a sample without condition, for classifier-free guidance (Ho & Salimans 2022)."""
+    """Probability of training a sample without condition, for classifier-free guidance (Ho & Salimans
+    2022)."""
     prediction: Literal["v", "epsilon"] = "v"
     schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
     timesteps: int = 1000
@@ -186,7 +188,8 @@ class Plan:
     over: list[str] = field(default_factory=lambda: ["label"])
     """Columns whose combinations are balanced: `label`, finding names, attribute names."""
     targets: dict[str, float] = field(default_factory=dict)
-    """Shares or counts for cells, such as `label=pneumonia,sex=F: 0.3`; cells not named share the rest equally."""
+    """Shares or counts for cells, such as `label=pneumonia,sex=F: 0.3`; cells not named share the rest
+    equally."""
     ratio: float | None = None
     """Render only rows with rank < ratio * n_real."""
     n_synth: int | None = None
@@ -218,7 +221,8 @@ class Compute:
     """Where and how fast. Never part of an identity."""
 
     address: str | None = None
-    """Ray address; null: RAY_ADDRESS, a Ray started on this machine, or a private local one; `local`: private."""
+    """Ray address; null: RAY_ADDRESS, a Ray started on this machine, or a private local one; `local`:
+    private."""
     use_gpu: bool | None = None
     """Null: GPUs if the cluster has any."""
     render_workers: int | None = None

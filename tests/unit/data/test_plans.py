@@ -221,7 +221,7 @@ def test_uncertain_findings_follow_their_policy() -> None:
     table = table.set_column(table.schema.get_field_index("label_c0"), "label_c0", pa.array(raw, pa.int8()))
     images = {}
     for policy in ("ignore", "zeros", "ones"):
-        cells = cells_of(table, ["c0"], Labels(kind="multi", policy={"c0": policy}))  # type: ignore[dict-item]
+        cells = cells_of(table, ["c0"], Labels(kind="multi", policy={"c0": policy}))
         images[policy] = cells.images
     assert images["ignore"].sum() == 200
     assert (images["zeros"] - images["ignore"]).tolist() == [100, 0]
