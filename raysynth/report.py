@@ -1,0 +1,274 @@
+"""The contact sheet: real images beside synthetic ones, a row a class, and what the generator may have
+copied.
+
+Beside the first synthetic images of each row stands the nearest image that the generator was trained on
+(pixel L2 at 32 px or less), so that a copied patient is seen at a glance. It is a look, not a test: a
+memorised image that was shifted or rescaled escapes it.
+
+Input: the artifacts of `ingest`, `plan` and `generate`; output: PNG bytes. Does not know how images were
+rendered.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, ImageDraw, ImageFont
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.experiment import Experiment
+from raysynth.core.schemas import ATTRIBUTE, attribute_names, label_names
+from raysynth.core.storage import Storage
+from raysynth.data.images import decode_png
+from raysynth.data.strata import NONE, raw_labels, seeded_order
+from raysynth.data.subsets import generator_rows, train_split
+
+if TYPE_CHECKING:
+    from raysynth.stages.pipeline import Pipeline
+
+REAL, SYNTHETIC, NEAREST = 4, 8, 3
+"""Columns of each block."""
+MOST_ROWS = 10
+NEAREST_AMONG = {64: 20_000, 4096: 4_000}
+"""Side of the images, pixels -> how many training images are searched, so that a sheet takes seconds."""
+COMPARE_SIDE = 32
+
+INK, GREY, PALE, PAPER = "#1a1a1a", "#6f6f6f", "#ececec", "#ffffff"
+
+
+@dataclass
+class Row:
+    """One row of the sheet; images are (H, W, C) uint8."""
+
+    name: str
+    detail: str
+    real: list[np.ndarray] = field(default_factory=list)
+    synthetic: list[np.ndarray] = field(default_factory=list)
+    nearest: list[np.ndarray] = field(default_factory=list)
+
+
+def write_contact_sheet(pipeline: Pipeline) -> str:
+    """Draws the sheet of the pipeline's generated images unless it is there. Returns its path below the
+    root."""
+    from raysynth.stages.generate import load_index, read_images
+    from raysynth.stages.plan import selected_rows
+
+    generated, experiment, storage = pipeline.generated, pipeline.experiment, pipeline.storage
+    path = generated.file("contact_sheet.png")
+    if storage.exists(path):
+        return path
+    index = load_index(generated)
+    index = index[index["status"] == "ok"]
+    wanted = selected_rows(experiment, storage, pipeline.plan)
+    rows = wanted.filter(pc.is_in(wanted["row_key"], value_set=pa.array(index["row_key"], pa.string())))
+
+    def read(keys: Sequence[str]) -> dict[str, bytes]:
+        found = read_images(generated, index[index["row_key"].isin(list(keys))])
+        return {r["row_key"]: r["image"]["bytes"] for t in found for r in t.to_pylist()}
+
+    png = contact_sheet(experiment, storage, pipeline.images, rows, read, generated.path)
+    storage.put(path, png)
+    return path
+
+
+def contact_sheet(
+    experiment: Experiment,
+    storage: Storage,
+    images: Artifact,
+    rows: pa.Table,
+    read: Callable[[Sequence[str]], Mapping[str, bytes]],
+    source: str = "",
+) -> bytes:
+    """PNG of real beside synthetic images by class (and by a conditioned attribute where that is at most
+    ten rows).
+
+    Args:
+        images: the ingest artifact.
+        rows: synthetic rows to choose from, without pictures: row_key, rank, label_*, attr_*.
+        read: encoded pictures of some row keys.
+        source: where the synthetic images are, for the caption.
+    """
+    table = pq.read_table(io.BytesIO(storage.get(images.file("table.parquet"))))
+    train = train_split(table)
+    cells = _Cells.of(train, experiment)
+    real_cell, synthetic_cell = cells.names(train), cells.names(rows)
+    ids, keys = train["image_id"].to_pylist(), rows["row_key"].to_pylist()
+    order = seeded_order("contact sheet", 0, ids)
+    by_rank = np.argsort(rows["rank"].to_numpy(), kind="stable")
+    shown = [c for c in cells.order if c in real_cell or c in synthetic_cell][:MOST_ROWS]
+    real = {c: [ids[i] for i in order if real_cell[i] == c][:REAL] for c in shown}
+    synthetic = {c: [keys[i] for i in by_rank if synthetic_cell[i] == c][:SYNTHETIC] for c in shown}
+
+    pictures = {k: decode_png(v) for k, v in read([k for c in shown for k in synthetic[c]]).items()}
+    seen = generator_rows(table, experiment)
+    most = next(n for side, n in NEAREST_AMONG.items() if experiment.data.image.size <= side)
+    pool = [seen[i] for i in seeded_order("nearest", 0, seen)[:most]]
+    stored = dict(_real_pictures(storage, images, {*pool, *(i for c in shown for i in real[c])}))
+    queries = [k for c in shown for k in synthetic[c][:NEAREST]]
+    nearest = _nearest([pictures[k] for k in queries], pool, stored)
+    neighbour = dict(zip(queries, nearest))
+
+    sheet = [
+        Row(
+            *cells.words(c, real_cell.count(c), synthetic_cell.count(c)),
+            [decode_png(stored[i]) for i in real[c]], [pictures[k] for k in synthetic[c]],
+            [decode_png(stored[neighbour[k]]) for k in synthetic[c][:NEAREST]],
+        )
+        for c in shown
+    ]  # fmt: skip
+    g, s = experiment.generator, experiment.sampling
+    hidden = len(cells.order) - len(shown)
+    subtitle = f"{len(ids):,} real images in the train split, {len(keys):,} synthetic images"
+    subtitle += f"; {hidden} more rows not shown" if hidden > 0 else ""
+    among = f"{len(pool):,} of the {len(seen):,}" if len(pool) < len(seen) else f"the {len(seen):,}"
+    caption = (
+        f"Generator: {g.preset} {g.kind}, {g.steps:,} steps on {len(seen):,} real images ({g.train_on}). "
+        f"Sampling: {s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}, plan seed {experiment.plan.seed}. "
+        f"Nearest: by pixel distance among {among} images the generator was trained on. "
+        f"Real images are the train split's, drawn at random; synthetic ones are the first by rank. {source}"
+    )  # fmt: skip
+    return draw_sheet(f"{experiment.name}: real and synthetic", subtitle, sheet, caption)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """What the sheet's rows are: a class (or an image's rarest finding), with a category of one attribute
+    or not."""
+
+    rarest_first: list[str]
+    attribute: str | None
+    order: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, train: pa.Table, experiment: Experiment) -> _Cells:
+        names = label_names(train.schema)
+        positive = (raw_labels(train) == 1).sum(axis=0)
+        rarest_first = [names[i] for i in np.argsort(positive, kind="stable")]
+        plain = cls(rarest_first, None, [])
+        labels = sorted({label for label, _ in plain.names(train)}, key=[*names, NONE].index)
+        asked = ["age_bin" if n == "age" else n for n in experiment.generator.conditions]
+        for name in (n for n in asked if n in attribute_names(train.schema)):
+            values = sorted(v for v in pc.unique(train[ATTRIBUTE + name]).to_pylist() if v is not None)
+            if len(values) > 1 and len(labels) * len(values) <= MOST_ROWS:
+                return cls(rarest_first, name, [(label, v) for label in labels for v in values])
+        return cls(rarest_first, None, [(label, "") for label in labels])
+
+    def names(self, table: pa.Table) -> list[tuple[str, str]]:
+        """The cell of each row of `table`."""
+        columns = label_names(table.schema)
+        positive = raw_labels(table)[:, [columns.index(n) for n in self.rarest_first]] == 1
+        first = np.where(positive.any(axis=1), positive.argmax(axis=1), len(self.rarest_first))
+        known = [*self.rarest_first, NONE]
+        values = table[ATTRIBUTE + self.attribute].to_pylist() if self.attribute else [""] * len(first)
+        return [(known[i], v or "") for i, v in zip(first, values)]
+
+    def words(self, cell: tuple[str, str], real: int, synthetic: int) -> tuple[str, str]:
+        """Name and counts of a row."""
+        name = f"{cell[0]}, {self.attribute} {cell[1]}" if self.attribute else cell[0]
+        return name, f"{real:,} real, {synthetic:,} synthetic"
+
+
+def _real_pictures(storage: Storage, images: Artifact, ids: set[str]) -> Iterator[tuple[str, bytes]]:
+    for entry in storage.list(images.file("images")):
+        with storage.open(entry.path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(512, columns=["image_id", "image"]):
+                for name, picture in zip(batch["image_id"].to_pylist(), batch["image"]):
+                    if name in ids:
+                        yield name, picture["bytes"].as_py()
+
+
+def _nearest(queries: Sequence[np.ndarray], pool: Sequence[str], stored: Mapping[str, bytes]) -> list[str]:
+    """Of each query, the image of the pool with the least pixel distance."""
+    if not queries:
+        return []
+    small = np.stack([_small(decode_png(stored[i])) for i in pool])
+    norms = (small**2).sum(axis=1)
+    return [pool[int((norms - 2 * small @ _small(q)).argmin())] for q in queries]
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+    side = (COMPARE_SIDE, COMPARE_SIDE)
+    picture = _picture(image)
+    if max(picture.size) > COMPARE_SIDE:
+        picture = picture.resize(side, Image.Resampling.BOX)
+    return np.asarray(picture, dtype=np.float32).ravel() / 255
+
+
+def _picture(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
+
+
+def _thumbnail(image: np.ndarray, side: int) -> Image.Image:
+    picture = _picture(image)
+    # Blocks for small images: smoothing would show detail that is not there.
+    whole = side % max(picture.size) == 0
+    return picture.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS)
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    from matplotlib import get_data_path
+
+    # matplotlib carries this font with accents and Greek; Pillow's own has ASCII only.
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+
+
+def draw_sheet(title: str, subtitle: str, rows: Sequence[Row], caption: str) -> bytes:
+    """Lays out the rows and returns PNG bytes. Small images are enlarged by whole factors."""
+    largest = max(max(i.shape[:2]) for r in rows for i in (*r.real, *r.synthetic))
+    side = largest * -(-80 // largest) if largest <= 128 else 128
+    gap, block, margin, top = 4, 28, 36, 132
+    fonts = {"title": _font(24, bold=True), "head": _font(15, bold=True), "text": _font(15), "small": _font(12)}
+    names = int(max(
+        [fonts["text"].getlength(r.name) for r in rows] + [fonts["small"].getlength(r.detail) for r in rows]
+    )) + 24  # fmt: skip
+    starts, x = [], margin + names
+    for columns in (REAL, SYNTHETIC, NEAREST):
+        starts.append(x)
+        x += columns * (side + gap) - gap + block
+    width = x - block + margin
+    lines = _wrapped(caption, fonts["small"], width - 2 * margin)
+    height = top + len(rows) * (side + gap) + 24 + 18 * len(lines) + margin // 2
+    page = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((margin, 28), title, INK, fonts["title"])
+    pen.text((margin, 62), subtitle, GREY, fonts["text"])
+    heads = ("Real", "Synthetic", "Nearest training images")
+    for start, head, numbers in zip(starts, heads, (0, NEAREST, NEAREST)):
+        pen.text((start, top - 42), head, INK, fonts["head"])
+        for n in range(numbers):
+            pen.text((start + n * (side + gap) + side // 2, top - 7), str(n + 1), GREY, fonts["small"], "ms")
+    for i, row in enumerate(rows):
+        y = top + i * (side + gap)
+        pen.text((margin, y + side // 2 - 2), row.name, INK, fonts["text"], "ls")
+        pen.text((margin, y + side // 2 + 16), row.detail, GREY, fonts["small"], "ls")
+        blocks = ((row.real, REAL), (row.synthetic, SYNTHETIC), (row.nearest, NEAREST))
+        for start, (pictures, columns) in zip(starts, blocks):
+            for n in range(columns):
+                corner = (start + n * (side + gap), y)
+                if n < len(pictures):
+                    page.paste(_thumbnail(pictures[n], side), corner)
+                else:
+                    pen.rectangle((*corner, corner[0] + side - 1, y + side - 1), PALE)
+    for n, line in enumerate(lines):
+        pen.text((margin, height - margin // 2 - 18 * (len(lines) - n)), line, GREY, fonts["small"])
+    sink = io.BytesIO()
+    page.save(sink, "PNG", optimize=True)
+    return sink.getvalue()
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
