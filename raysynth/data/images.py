@@ -19,12 +19,13 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from raysynth.core.experiment import ImageSpec, resolve_image
 from raysynth.core.identity import sha256_bytes
 
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 """What is decoded. A short list on purpose: Pillow's other readers are rare here, and EPS runs a program."""
 
 SUFFIXES = frozenset(
-    ".png .jpg .jpeg .jpe .jfif .tif .tiff .bmp .gif .webp .jp2 .j2k .jpx .pgm .ppm .pnm".split()
-)
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".jp2", ".j2k", ".jpx", ".pgm",
+     ".ppm", ".pnm"}
+)  # fmt: skip
 """File name endings of those formats, lower case."""
 
 PERCENTILES = (0.5, 99.5)
@@ -93,7 +94,7 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
         raise BadImage(f"more than data.image.max_megapixels {spec.max_megapixels:g}") from error
     except UnidentifiedImageError as error:
         raise BadImage("undecodable: no known image format") from error
-    except Exception as error:  # noqa: BLE001 - whatever a decoder raises is a property of these bytes
+    except Exception as error:  # whatever a decoder raises is a property of these bytes
         text = " ".join(str(error).split())
         raise BadImage(f"{'truncated' if 'truncated' in text else 'undecodable'}: {text}") from error
     return _scaled(values, spec.value_range == "percentile")

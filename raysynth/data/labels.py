@@ -35,7 +35,7 @@ class Annotations:
 def parse_names(cells: Sequence[str | None], labels: Labels) -> Annotations:
     """Class names in one column: one name a cell (single) or several joined by `labels.separator` (multi).
 
-    A multi-label cell annotates every class of the vocabulary: named ones 1, the others 0; an empty cell annotates none.
+    A multi-label cell annotates every class of the vocabulary: named ones 1, the others 0; an empty one annotates none.
     Where `labels.classes` is empty, the vocabulary is the sorted names found.
     """
     multi = labels.kind == "multi"

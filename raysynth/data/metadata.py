@@ -112,7 +112,7 @@ def parquet_files(path: str) -> tuple[Storage, list[Entry]]:
         stat = os.stat(path)
         found = [Entry(name, stat.st_size, f"{stat.st_mtime_ns:x}")]
     except OSError as error:
-        raise DataError("data.path", path, "a folder that can be read", f"The system says: {error.strerror}.") from error
+        raise DataError("data.path", path, "a folder that can be read", f"The system: {error.strerror}.") from error
     if not found:
         raise DataError("data.path", path, "a parquet file or a folder holding *.parquet")
     return storage, found

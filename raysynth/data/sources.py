@@ -23,7 +23,13 @@ from raysynth.data.attributes import attribute_columns, known
 from raysynth.data.images import SUFFIXES
 from raysynth.data.labels import Annotations, check_policy, label_columns, parse_findings, parse_names
 from raysynth.data.metadata import (
-    Cells, parquet_files, read_csv, read_file, read_parquet, require_column, text_column,
+    Cells,
+    parquet_files,
+    read_csv,
+    read_file,
+    read_parquet,
+    require_column,
+    text_column,
 )  # fmt: skip
 from raysynth.data.reading import digit_values, image_storage, inside, link_leaves
 
