@@ -178,7 +178,8 @@ class ConditionSpec:
 
 
 def _absent(value: Any) -> bool:
-    return value is None or value == "" or value != value  # noqa: PLR0124 - NaN is a missing value of pandas
+    # NaN, which is what pandas makes of a null, differs from itself.
+    return value is None or value == "" or value != value
 
 
 def _labels(columns: Mapping[str, Sequence[Any]], name: str, policy: str) -> np.ndarray:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from raysynth.core.experiment import Generator
 from raysynth.models.optim import learning_rate, make_ema, make_optimizer
@@ -93,7 +94,7 @@ class DDPMTraining:
     def distribute(self) -> None:
         """Averages gradients over the initialized process group (DDP)."""
         devices = [self.device] if self.device.type == "cuda" else None
-        self.net = torch.nn.parallel.DistributedDataParallel(
+        self.net = DistributedDataParallel(
             self.unet, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
@@ -155,15 +156,19 @@ class DDPMTraining:
         share = len(positions) // accumulation
         for part in range(accumulation):
             here = slice(part * share, (part + 1) * share)
-            silent = part + 1 < accumulation and isinstance(self.net, torch.nn.parallel.DistributedDataParallel)
-            with self.net.no_sync() if silent else contextlib.nullcontext(), self._dropout_seed(positions[here]):  # type: ignore[operator]
+            last = part + 1 == accumulation
+            # Gradients are exchanged once an optimizer step.
+            alone: Any = contextlib.nullcontext()
+            if isinstance(self.net, DistributedDataParallel) and not last:
+                alone = self.net.no_sync()
+            with alone, self._dropout_seed(positions[here]):
                 loss = self.loss(images[here], conditions[here], positions[here]) / accumulation
                 self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
 
     @contextlib.contextmanager
-    def _dropout_seed(self, positions: np.ndarray) -> Any:
+    def _dropout_seed(self, positions: np.ndarray) -> Iterator[None]:
         # The network's dropout draws from torch's global stream: seeded here, so that a resumed run repeats it.
         if not self.generator.dropout:
             yield

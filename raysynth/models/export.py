@@ -100,7 +100,8 @@ tags: [medical, synthetic, ddpm]
 {facts["size"]} x {facts["size"]} pixels, {facts["channels"]} channel(s), trained by raysynth for {facts["steps"]}
 steps of {facts["batch_size"]} on {facts["n_real_generator"]:,} real images of {facts.get("dataset") or "one data set"}
 (`train_on: {facts["train_on"]}`, train split only). {facts["prediction"]}-prediction, {facts["schedule"]} schedule,
-T = {facts["timesteps"]}; the weights are the moving average. Licence of the images: {facts.get("licence") or "not stated"}.
+T = {facts["timesteps"]}; the weights are the moving average.
+Licence of the images: {facts.get("licence") or "not stated"}.
 Synthetic images of a model that has seen patients may resemble them: check for copies before any release.
 
 ## Condition vector

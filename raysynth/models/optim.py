@@ -10,6 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from raysynth.core.experiment import Generator
 
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
+
 
 def make_optimizer(generator: Generator, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW, or Lion (Chen 2023, 2302.06675) as timm keeps it."""
@@ -39,9 +41,9 @@ def make_ema(model: torch.nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=_averaging(decay))
 
 
-def _averaging(decay: float) -> Callable[[list[torch.Tensor], list[torch.Tensor], torch.Tensor | int], None]:
+def _averaging(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
     @torch.no_grad()
-    def average(kept: list[torch.Tensor], new: list[torch.Tensor], updates: torch.Tensor | int) -> None:
+    def average(kept: Tensors, new: Tensors, updates: torch.Tensor | int) -> None:
         torch._foreach_lerp_(kept, new, 1.0 - ema_decay(decay, int(updates)))
 
     return average

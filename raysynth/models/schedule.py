@@ -20,8 +20,8 @@ from raysynth.core.experiment import Generator
 BETA_SCHEDULES = {"cosine": "squaredcos_cap_v2", "linear": "linear", "sigmoid": "sigmoid"}
 
 
-def make_scheduler(generator: Generator) -> DDPMScheduler:
-    """The training scheduler; its `config` is what the export carries.
+def make_scheduler(generator: Generator) -> Any:
+    """The training scheduler, a diffusers `DDPMScheduler`; its `config` is what the export carries.
 
     Raises:
         ConfigError: epsilon-prediction with zero terminal SNR.
@@ -31,7 +31,7 @@ def make_scheduler(generator: Generator) -> DDPMScheduler:
             "generator.prediction", "epsilon", "v where generator.zero_terminal_snr is true",
             "At pure noise epsilon says nothing of the image.",
         )  # fmt: skip
-    named = DDPMScheduler(generator.timesteps, beta_schedule=BETA_SCHEDULES[generator.schedule])
+    named: Any = DDPMScheduler(generator.timesteps, beta_schedule=BETA_SCHEDULES[generator.schedule])
     return DDPMScheduler(
         num_train_timesteps=generator.timesteps,
         # Written out because diffusers' DDIM and DPM-Solver do not know every schedule by name.

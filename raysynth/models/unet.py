@@ -15,8 +15,8 @@ from diffusers import UNet2DConditionModel
 from raysynth.core.experiment import Generator
 
 
-def build_unet(generator: Generator, condition_dim: int, channels: int) -> UNet2DConditionModel:
-    """A network with fresh weights, which depend on `generator.seed` alone.
+def build_unet(generator: Generator, condition_dim: int, channels: int) -> Any:
+    """A `UNet2DConditionModel` with fresh weights, which depend on `generator.seed` alone.
 
     Args:
         generator: with its preset resolved.

@@ -86,7 +86,8 @@ def sample(
             output = unet(torch.cat([x, x]) if guided else x, timestep, None, class_labels=told, return_dict=False)[0]
         output = output.float()
         if guided:
-            output = guide(*output.chunk(2), sampling.guidance_scale, sampling.guidance_rescale)
+            without, conditional = output.chunk(2)
+            output = guide(without, conditional, sampling.guidance_scale, sampling.guidance_rescale)
         images = scheduler.step(output, timestep, images, return_dict=False, **more)[0]
     return images.float()
 

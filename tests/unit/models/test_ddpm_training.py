@@ -1,0 +1,130 @@
+"""One optimizer step: its gradient does not depend on how the batch is divided, and a saved run goes on bit by bit."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raysynth.models.ddpm import DDPMTraining, draw
+from tests.generators import BATCH, NULL, batch, small
+
+def gradient(accumulation: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    training = DDPMTraining(small(min_snr_gamma=5.0), NULL, 1)
+    training.unet.to(dtype)
+    training.step = 3
+    training.accumulate(*batch(0), np.arange(BATCH), accumulation)
+    return torch.cat([p.grad.flatten() for p in training.unet.parameters() if p.grad is not None])
+
+
+RANK = """
+import sys
+import numpy as np, torch
+import torch.distributed as dist
+from raysynth.models.ddpm import DDPMTraining
+from tests.generators import BATCH, NULL, batch, small
+
+rank, port, out, accumulation = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+training = DDPMTraining(small(min_snr_gamma=5.0), NULL, 1)
+training.unet.to(torch.float64)
+training.step = 3
+training.distribute()
+mine = np.arange(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+images, conditions = batch(0)
+training.accumulate(images[mine], conditions[mine], mine, accumulation)
+if rank == 0:
+    torch.save(torch.cat([p.grad.flatten() for p in training.unet.parameters()]), out)
+dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_that_accumulate_give_the_gradient_of_one_process(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    out = str(tmp_path / "gradient.pt")
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), port, out, "2"], cwd=Path(__file__).parents[3])
+        for rank in range(2)
+    ]
+    assert [r.wait(200) for r in ranks] == [0, 0]
+    torch.testing.assert_close(torch.load(out, weights_only=True), gradient(1), rtol=1e-9, atol=1e-12)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch() -> None:
+    torch.testing.assert_close(gradient(4), gradient(1), rtol=1e-9, atol=1e-12)
+
+
+def test_draws_belong_to_the_place_in_the_global_batch() -> None:
+    generator = small()
+    whole, part = draw(generator, 5, range(8), 1), draw(generator, 5, [6, 2], 1)
+    assert torch.equal(part.noise, whole.noise[[6, 2]])
+    assert torch.equal(part.timesteps, whole.timesteps[[6, 2]])
+    assert torch.equal(part.unconditional, whole.unconditional[[6, 2]])
+    other = draw(generator, 6, range(8), 1)
+    assert not torch.equal(other.noise, whole.noise)
+
+
+def test_draws_have_their_distributions() -> None:
+    found = [draw(small(), step, range(64), 1) for step in range(30)]
+    noise = torch.cat([d.noise for d in found])
+    times = torch.cat([d.timesteps for d in found]).float()
+    dropped = torch.cat([d.unconditional for d in found]).float()
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    assert abs(float(times.mean()) - 499.5) < 25
+    assert times.min() >= 0
+    assert times.max() <= 999
+    assert abs(float(dropped.mean()) - 0.3) < 0.04
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_saved_run_goes_on_to_the_same_bits(tmp_path: Path, optimizer: str) -> None:
+    generator = small(optimizer=optimizer, dropout=0.1, flip=True)
+    whole, first, second = (DDPMTraining(generator, NULL, 1) for _ in range(3))
+    for step in range(4):
+        whole.update(*batch(step), np.arange(BATCH))
+    for step in range(2):
+        first.update(*batch(step), np.arange(BATCH))
+    first.save(str(tmp_path / "state.pt"))
+    torch.manual_seed(77)  # nothing may depend on the global stream
+    second.load(str(tmp_path / "state.pt"))
+    for step in range(2, 4):
+        second.update(*batch(step), np.arange(BATCH))
+    for key in ("unet", "ema"):
+        a, b = whole.state()[key], second.state()[key]
+        assert all(torch.equal(a[k], b[k]) for k in a), key
+
+
+def test_every_condition_dropped_means_the_null_condition_alone() -> None:
+    training = DDPMTraining(small(), NULL, 1)
+    images, conditions = batch(0)
+    nulls = np.repeat(NULL[None], BATCH, axis=0)
+    kept = training.loss(images, conditions, np.arange(BATCH)).item()
+    assert kept != training.loss(images, nulls, np.arange(BATCH)).item()
+    training.generator = small(condition_dropout=0.999999)
+    assert training.loss(images, conditions, np.arange(BATCH)).item() == pytest.approx(
+        training.loss(images, nulls, np.arange(BATCH)).item()
+    )
+
+
+def test_loss_is_the_formula() -> None:
+    training = DDPMTraining(small(condition_dropout=0.0), NULL, 1)
+    images, conditions = batch(0)
+    draws = draw(training.generator, 0, range(BATCH), 1)
+    abar = training.scheduler.alphas_cumprod[draws.timesteps][:, None, None, None]
+    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    noisy = abar.sqrt() * x0 + (1 - abar).sqrt() * draws.noise
+    v = abar.sqrt() * draws.noise - (1 - abar).sqrt() * x0
+    with torch.no_grad():
+        told = torch.from_numpy(conditions)
+        predicted = training.unet(noisy, draws.timesteps, None, class_labels=told).sample  # type: ignore[operator]
+        loss = training.loss(images, conditions, np.arange(BATCH))
+    torch.testing.assert_close(loss, (predicted - v).square().mean(), rtol=1e-4, atol=1e-5)

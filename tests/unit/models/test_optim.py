@@ -1,0 +1,56 @@
+"""Learning rate, moving average and optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from raysynth.core.experiment import Generator
+from raysynth.models.optim import ema_decay, learning_rate, make_ema, make_optimizer
+
+
+def test_warm_up_then_constant() -> None:
+    generator = Generator(lr=1.0, warmup_steps=4, steps=10)
+    assert [learning_rate(generator, s) for s in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_warm_up_then_half_a_cosine_to_zero() -> None:
+    generator = Generator(lr=1.0, warmup_steps=2, steps=10, lr_schedule="cosine")
+    rates = [learning_rate(generator, s) for s in range(10)]
+    assert rates[1] == rates[2] == 1.0
+    assert rates[6] == pytest.approx(0.5)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert learning_rate(generator, 10) == pytest.approx(0.0)
+
+
+def test_moving_average_follows_its_recursion() -> None:
+    model = torch.nn.Linear(3, 2)
+    ema = make_ema(model, 0.5)
+    expected = None
+    for step in range(30):
+        with torch.no_grad():
+            model.weight.add_(1.0 + step)
+        ema.update_parameters(model)
+        now = model.weight.detach().clone()
+        # The first update copies; later ones decay by min(decay, (1 + n) / (10 + n)).
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+    torch.testing.assert_close(ema.module.weight.detach(), expected)
+
+
+def test_decay_warms_up() -> None:
+    assert ema_decay(0.999, 0) == 0.1
+    assert ema_decay(0.999, 10**6) == 0.999
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_optimizers_lower_a_quadratic(name: str) -> None:
+    generator = Generator(optimizer=name, lr=0.05)  # type: ignore[arg-type]
+    x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+    optimizer = make_optimizer(generator, [x])
+    assert type(optimizer).__name__.lower() == name
+    for _ in range(200):
+        optimizer.zero_grad()
+        x.square().sum().backward()
+        optimizer.step()
+    assert float(x.detach().abs().max()) < 0.2

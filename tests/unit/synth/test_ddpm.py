@@ -1,0 +1,157 @@
+"""The renderer against plain diffusers, and the engine's two promises: own noise, own bytes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from raysynth.core.errors import DataError
+from raysynth.core.experiment import Sampling
+from raysynth.synth.ddpm import DDPMRenderer
+from raysynth.synth.renderer import CANARY, Row, canary_fault, noise_seed, to_uint8
+from raysynth.synth.samplers import guide, initial_noise
+from tests.generators import SPEC, exported
+
+SAMPLERS: list[Any] = ["ddim", "dpm++", "ddpm"]
+N = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An exported generator of a few real steps on digits."""
+    place = tmp_path_factory.mktemp("export")
+    exported(place)
+    return str(place)
+
+
+def rows(n: int = N) -> list[Row | None]:
+    return [row(str(i)) for i in range(n)]
+
+
+def row(name: str) -> Row:
+    return Row(name, noise_seed(0, name, 0), {f"label_{c}": int(c == name) for c in SPEC.classes})
+
+
+def renderer(folder: str, sampler: Literal["ddim", "dpm++", "ddpm"] = "dpm++", **keys: Any) -> DDPMRenderer:
+    return DDPMRenderer(folder, Sampling(sampler=sampler, **({"steps": 5} | keys)), threads=1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_row_alone_has_the_bytes_it_has_in_a_batch(folder: str, sampler: Any, guidance: float) -> None:
+    made = renderer(folder, sampler, guidance_scale=guidance, guidance_rescale=0.7, steps=4)
+    whole = made.render(rows(), N)
+    assert whole.shape == (N, 1, 8, 8)
+    assert whole.dtype == np.float32
+    for place, wanted in enumerate(rows()):
+        alone: list[Row | None] = [None] * N
+        alone[place] = wanted
+        assert made.render(alone, N)[place].tobytes() == whole[place].tobytes()
+    assert made.render(rows(), N).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_another_micro_batch_has_the_same_noise_and_pixels_within_tolerance(folder: str, sampler: Any) -> None:
+    made = renderer(folder, sampler, eta=1.0 if sampler == "ddim" else 0.0)
+    whole = made.render(rows(), N)
+    np.testing.assert_allclose(made.render(rows()[2:3], 1)[0], whole[2], atol=1e-4)
+    np.testing.assert_allclose(made.render([*rows()[2:4], None], 3)[:2], whole[2:4], atol=1e-4)
+
+
+def test_initial_noise_is_each_rows_own() -> None:
+    def own(*seeds: int | None) -> torch.Tensor:
+        return initial_noise([None if s is None else torch.Generator().manual_seed(s) for s in seeds], (1, 4, 4))
+
+    assert torch.equal(own(7, 8, 9)[1], own(8)[0])
+    assert not own(None).any()
+    assert torch.equal(own(8)[0], torch.randn((1, 4, 4), generator=torch.Generator().manual_seed(8)))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_plain_diffusers_gives_the_same_image_from_the_same_noise(folder: str, sampler: Any) -> None:
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    kinds: Any = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler, "dpm++": DPMSolverMultistepScheduler}
+    scheduler = kinds[sampler].from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(5)
+    own = torch.Generator().manual_seed(row("1").seed)
+    x = torch.randn((1, 1, 8, 8), generator=own)
+    condition = torch.zeros(1, SPEC.dim)
+    condition[0, 1] = 1.0
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            output = unet(x, t, None, class_labels=condition).sample
+        x = scheduler.step(output, t, x, generator=own).prev_sample
+    np.testing.assert_allclose(renderer(folder, sampler).render(rows(), N)[1], x[0].clamp(-1, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(("guidance", "images"), [(1.0, N), (2.0, 2 * N)])
+def test_one_pass_a_step_whose_size_follows_the_guidance(folder: str, guidance: float, images: int) -> None:
+    made, seen = renderer(folder, "ddim", guidance_scale=guidance), []
+    made.unet.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    made.render(rows(), N)
+    assert seen == [images] * 5
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_any_number_of_steps(folder: str, sampler: Any, steps: int) -> None:
+    images = renderer(folder, sampler, steps=steps).render(rows(2), 2)
+    assert np.isfinite(images).all()
+    assert np.abs(images).max() <= 1
+    assert images.std() > 0
+
+
+def test_guidance_is_diffusers_formula_and_rescale_is_lins_per_image() -> None:
+    source = torch.Generator().manual_seed(0)
+    null, conditional = torch.randn(2, 3, 1, 4, 4, generator=source)
+    plain = null + 4.0 * (conditional - null)
+    torch.testing.assert_close(guide(null, conditional, 4.0, 0.0), plain)
+    full = guide(null, conditional, 4.0, 1.0)
+    torch.testing.assert_close(full.flatten(1).std(1), conditional.flatten(1).std(1))
+    torch.testing.assert_close(guide(null, conditional, 4.0, 0.7), 0.7 * full + 0.3 * plain)
+    torch.testing.assert_close(guide(null[:1], conditional[:1], 4.0, 0.7), guide(null, conditional, 4.0, 0.7)[:1])
+
+
+def test_guidance_changes_pixels_not_noise(folder: str) -> None:
+    one, two = (renderer(folder, guidance_scale=g).render(rows(), N) for g in (1.0, 4.0))
+    assert not np.array_equal(one, two)
+
+
+def test_not_a_number_stays_visible(folder: str) -> None:
+    made = renderer(folder)
+    made.unet.conv_out.bias.fill_(float("nan"))
+    assert np.isnan(made.render(rows(), N)).all()
+    assert canary_fault(made, 2) == "pixels are not finite"
+
+
+def test_canary_is_rendered_without_condition(folder: str) -> None:
+    made = renderer(folder)
+    assert canary_fault(made, 2) is None
+    unknown = Row("unknown", CANARY.seed, {f"label_{c}": None for c in SPEC.classes})
+    images = made.render([CANARY, unknown], 2)
+    assert not np.array_equal(images[0], images[1])
+
+
+def test_a_class_it_never_saw_is_refused(folder: str) -> None:
+    made = renderer(folder)
+    made.spec.seen.remove("3")
+    with pytest.raises(DataError, match="'3'"):
+        made.render(rows(), N)
+
+
+def test_facts_name_what_decides_bytes(folder: str) -> None:
+    facts = renderer(folder).facts()
+    assert facts["device"] == "cpu"
+    assert facts["threads"] == 1
+    assert facts["dtype"] == "fp32"
+    assert facts["torch"] == torch.__version__
+
+
+def test_pixels_are_rounded_once() -> None:
+    image = np.array([[[-1.0, 1.0, 0.0, 2.0]]], np.float32)
+    assert to_uint8(image).reshape(-1).tolist() == [0, 255, 128, 255]
