@@ -14,6 +14,7 @@ from raysynth.models.ddpm import DDPMTraining
 from raysynth.models.export import WEIGHTS, export_generator
 from tests.generators import FACTS, SPEC, exported, small
 
+
 def test_files_and_their_hashes(tmp_path: Path) -> None:
     training = DDPMTraining(small(), SPEC.null, 1)
     files = export_generator(tmp_path, training.generator, training.ema.module, SPEC, FACTS)
