@@ -40,9 +40,12 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One real Ray for the whole session: four logical CPUs, whatever the machine has."""
-    from raysynth.stages import cluster  # noqa: F401 - sets ray's environment before its import
+def ray_session(s3_server: str) -> Iterator[None]:
+    """One real Ray for the whole session: four logical CPUs, whatever the machine has.
+
+    Workers inherit this process's environment when Ray starts, so the S3 server's must be there by then.
+    """
+    from raysynth.stages import cluster
 
     import ray  # isort: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.shards import ShardRunner
 from raysynth.synth.waves import extend, pending
 
-CONSTANTS = {"generator_id": "g", "sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "guidance_rescale": 0.0}
+SAMPLING = {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "guidance_rescale": 0.0}
 
 
 def image_table(n: int = 12) -> pa.Table:
@@ -41,7 +42,7 @@ def wanted_rows(n: int = 12, replicas: int = 3, seed: int = 0) -> pa.Table:
 def synthetic_set(root: str | Storage, generator: str = "g", version: int = 1, seed: int = 0) -> SyntheticSet:
     """The set of one generator under a fixed sampling."""
     storage = open_storage(root) if isinstance(root, str) else root
-    return SyntheticSet(storage, "t", {"generator_id": generator, "render_version": version, "seed": seed})
+    return SyntheticSet(storage, "t", SAMPLING | {"generator_id": generator, "render_version": version, "seed": seed})
 
 
 def render_all(
@@ -61,7 +62,7 @@ def render_all(
         left = pending(store, wanted)
         if not left:
             break
-        runners = [ShardRunner(store, renderer, micro_batch, CONSTANTS) for _ in range(workers)]
+        runners = [ShardRunner(store, renderer, micro_batch) for _ in range(workers)]
         found += [runners[i % workers].run(wave, shard) for i, (wave, shard) in enumerate(left)]
     return found
 
@@ -74,3 +75,8 @@ def images(store: SyntheticSet) -> dict[str, str]:
         table = from_parquet(store.part(str(part)), ["row_key", "sha256"]).to_pylist()
         found |= {table[p]["row_key"]: table[p]["sha256"] for p in rows["place"]}
     return found
+
+
+def rendered(log: Path) -> set[str]:
+    """Row keys in a FakeRenderer's log."""
+    return {line.split()[0] for line in log.read_text().splitlines()} if log.exists() else set()

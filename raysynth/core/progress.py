@@ -41,6 +41,7 @@ class Progress:
         self.done, self.fresh, self.failed = done, 0, 0
         self.every_s, self.facts = every_s, ""
         self.started = self.shown = time.monotonic()
+        self.first: tuple[float, int] | None = None
         self.live = sys.stdout.isatty()
 
     def __enter__(self) -> Progress:
@@ -56,21 +57,25 @@ class Progress:
         self.failed += failed
         self.facts = facts or self.facts
         now = time.monotonic()
+        if self.first is None:
+            # Workers start before the first unit is done; the rate is that of the work.
+            self.first = now, self.fresh
         if now - self.shown >= (0.25 if self.live else self.every_s):
             self.shown = now
             self._show()
 
     def line(self) -> str:
         """The line as text."""
-        elapsed = time.monotonic() - self.started
-        rate = self.fresh / elapsed if elapsed > 0 else 0.0
+        now = time.monotonic()
+        since, before = self.first or (now, 0)
+        rate = (self.fresh - before) / (now - since) if self.fresh > before else 0.0
         parts = [f"{self.stage}: {self.done:,}/{self.total:,} {self.unit}"]
-        if self.fresh:
+        if rate:
             parts.append(f"{rate:,.1f} {self.unit}/s")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         left = self.total - self.done
-        parts.append(f"{duration(left / rate)} left" if rate and left > 0 else duration(elapsed))
+        parts.append(f"{duration(left / rate)} left" if rate and left > 0 else duration(now - self.started))
         return "  ".join([*parts, self.facts] if self.facts else parts)
 
     def _show(self, last: bool = False) -> None:

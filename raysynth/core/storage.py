@@ -30,6 +30,11 @@ class Entry:
     modified: float = 0.0
 
 
+def is_storage_fault(error: BaseException) -> bool:
+    """Whether the store, not the program, is at fault: disk full, connection lost, credentials refused."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("botocore.")
+
+
 class Storage:
     """One root folder. Picklable: holds the root's name only and opens connections where it is used."""
 

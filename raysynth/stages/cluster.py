@@ -75,3 +75,38 @@ def quiet_data_context() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.data._internal", "ray.data.dataset", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require_shared_folder(root: str) -> None:
+    """Proves on every node that a file written here is read there.
+
+    Raises:
+        EnvironmentFault: `root` is a folder that some node does not share.
+    """
+    import uuid
+    from pathlib import Path
+
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folder = Path(root).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    token = folder / f".shared-{uuid.uuid4().hex[:8]}"
+    token.write_text(token.name)
+
+    def reads() -> bool:
+        return token.is_file() and token.read_text() == token.name
+
+    try:
+        nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+        ask = ray.remote(num_cpus=0)(reads)
+        seen = ray.get([
+            ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n, soft=False)).remote() for n in nodes
+        ])  # fmt: skip
+    finally:
+        token.unlink()
+    if not all(seen):
+        raise EnvironmentFault(
+            f"root {root}: {seen.count(False)} of {len(nodes)} nodes do not see this folder. "
+            "Use s3://bucket/prefix or a file system that all nodes mount."
+        )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -78,7 +77,7 @@ def generate(
     retry_failed: bool = False,
     factory: Callable[[], Renderer] | None = None,
 ) -> Artifact:
-    """Renders whatever of the plan is missing.
+    """Renders whatever of the plan is missing, and writes the artifact anew.
 
     Args:
         retry_failed: render rows recorded as failed once more, with the same noise.
@@ -89,9 +88,6 @@ def generate(
         EnvironmentFault: storage, device or render.json; nothing is lost and the command may be repeated.
     """
     artifact = generate_artifact(experiment, storage, generator, plan)
-    if artifact.complete and not retry_failed:
-        say(f"generate: done, {artifact.path}")
-        return artifact
     storage.probe()
     store = synthetic_set(experiment, storage, generator)
     wanted = selected_rows(experiment, storage, plan)
@@ -100,12 +96,6 @@ def generate(
     )
     sums = render(store, wanted, factory, experiment.compute, resources, retry_failed)
     return _conclude(artifact, store, wanted, experiment.compute, resources, sums)
-
-
-def constants(store: SyntheticSet) -> dict[str, Any]:
-    """Columns equal in every row of a set."""
-    names = ("generator_id", "sampler", "steps", "guidance_scale", "guidance_rescale")
-    return {n: store.identity[n] for n in names}
 
 
 def render(
@@ -117,7 +107,7 @@ def render(
     retry_failed: bool = False,
 ) -> dict[str, float]:
     """Brings `store` to hold every wanted row, committed or recorded as failed. Returns sums over this run."""
-    job = RenderJob(store, factory, constants(store), compute.micro_batch, compute.accept_render_change)
+    job = RenderJob(store, factory, compute.micro_batch, compute.accept_render_change)
     reopen: Sequence[str] = ()
     if retry_failed:
         index = store.index()
@@ -162,8 +152,8 @@ def _conclude(
     lost = rows["status"].isna()
     if lost.any():
         raise EnvironmentFault(
-            f"{store.path} misses {int(lost.sum())} wanted rows after rendering, first {rows['row_key'][lost].iloc[0]}. "
-            "Run `raysynth verify` and then the same command again."
+            f"{store.path} misses {int(lost.sum())} wanted rows after rendering, first "
+            f"{rows['row_key'][lost].iloc[0]}. Run `raysynth verify` and then the same command again."
         )
     rows = rows.astype({"shard": "int64", "place": "int64", "attempt": "int32"})
     artifact.put("rows.parquet", to_parquet(pa.Table.from_pandas(rows, preserve_index=False)))

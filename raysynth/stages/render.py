@@ -18,13 +18,16 @@ from typing import Any
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
 from raysynth.core.progress import Progress, say
+from raysynth.core.storage import is_storage_fault
 from raysynth.stages.cluster import Resources, quiet_data_context
-from raysynth.synth.renderer import Renderer, canary_fault
+from raysynth.synth.renderer import Renderer, SickWorker, canary_fault
 from raysynth.synth.sets import SyntheticSet, Wave
 from raysynth.synth.settle import Settled, read_settled, settle
-from raysynth.synth.shards import ShardRunner, SickWorker
+from raysynth.synth.shards import ShardRunner
 
 MAX_IDLE_ROUNDS = 2
+MAX_FAULTS = 3  # shards in a row that storage refused; s3fs has retried each request by then
+SUMMED = ("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s")
 CALLS_PER_ACTOR = 2  # one shard renders while the other loads, encodes and commits
 TASKS_PER_ACTOR = 4  # Ray Data grows a pool only while tasks in flight per concurrent call >= 1.75
 
@@ -36,7 +39,6 @@ class RenderJob:
     store: SyntheticSet
     factory: Callable[[], Renderer]
     """Makes the renderer inside the actor; a functools.partial of an importable class."""
-    constants: dict[str, Any]
     micro_batch: int | None
     accept_render_change: bool
 
@@ -59,8 +61,11 @@ class RenderActor:
             # Raised here it would reach the user as an actor's death; as a row it keeps its words.
             self.refusal = str(error)
             return
+        except SickWorker as error:
+            self.sickness = str(error)
+            return
         self.sickness = canary_fault(renderer, settled.micro_batch) or ""
-        self.runner = ShardRunner(job.store, renderer, settled.micro_batch, job.constants)
+        self.runner = ShardRunner(job.store, renderer, settled.micro_batch)
         self.waves = {w.number: w for w in job.store.waves()}
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -68,24 +73,27 @@ class RenderActor:
         return {k: [v] for k, v in self._shard(wave, shard).items()}
 
     def _shard(self, wave: int, shard: int) -> dict[str, Any]:
-        if self.refusal or self.sickness:
-            if self.sickness:
-                # A sick worker answers at once and would drain the queue before the healthy ones get a shard.
-                self.naps += 1
-                time.sleep(min(2.0**self.naps, 30.0))
-            return self._turned_away(shard)
+        if self.refusal:
+            return _uncommitted("refused", shard, self.refusal)
+        if self.sickness:
+            # A sick worker answers at once and would drain the queue before the healthy ones get a shard.
+            self.naps += 1
+            time.sleep(min(2.0**self.naps, 30.0))
+            return _uncommitted("sick", shard, self.sickness)
         assert self.runner is not None
         try:
             return self.runner.run(self.waves[wave], shard)
         except SickWorker:
             # A fresh process may be well again; Ray restarts the actor and repeats the call.
             os._exit(1)
+        except Exception as error:
+            if not is_storage_fault(error):
+                raise
+            return _uncommitted("storage", shard, f"{type(error).__name__}: {error}")
 
-    def _turned_away(self, shard: int) -> dict[str, Any]:
-        outcome = "refused" if self.refusal else "sick"
-        none = {"actor": "", "ok": 0, "failed": 0, "rejected": 0, "load_s": 0.0, "render_s": 0.0, "encode_s": 0.0,
-                "commit_s": 0.0}  # fmt: skip
-        return {"outcome": outcome, "shard": shard, "reason": self.refusal or self.sickness, **none}
+
+def _uncommitted(outcome: str, shard: int, reason: str) -> dict[str, Any]:
+    return {"outcome": outcome, "shard": shard, "reason": reason, "actor": "", **dict.fromkeys(SUMMED, 0.0)}
 
 
 def worker_shape(compute: Compute, resources: Resources) -> tuple[int, float, float]:
@@ -108,13 +116,15 @@ def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Sett
     def measure() -> Settled | str:
         try:
             return job.settle(job.factory())
-        except EnvironmentFault as error:
+        except (EnvironmentFault, SickWorker) as error:
             return str(error)
 
-    found = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(measure).remote())
-    if isinstance(found, str):
-        raise EnvironmentFault(found)
-    return found
+    found: Settled | str = ""
+    for _ in range(MAX_IDLE_ROUNDS):
+        found = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(measure).remote())
+        if isinstance(found, Settled):
+            return found
+    raise EnvironmentFault(f"the renderer cannot be measured: {found}")
 
 
 def run_rounds(
@@ -136,18 +146,24 @@ def run_rounds(
     Raises:
         EnvironmentFault: a renderer refuses its render.json, or no worker is fit to work.
     """
-    sums = dict.fromkeys(("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s"), 0.0)
-    idle, began = 0, time.perf_counter()
+    sums = dict.fromkeys(SUMMED, 0.0)
+    idle, faults, began = 0, 0, time.perf_counter()
     while shards := pending():
         moved, reason = 0, ""
         for row in _round(job, shards[::-1] if backwards else shards, compute, resources):
             if row["outcome"] == "refused":
                 raise EnvironmentFault(row["reason"])
+            faults = faults + 1 if row["outcome"] == "storage" else 0
+            if faults >= MAX_FAULTS:
+                raise EnvironmentFault(
+                    f"root {job.store.storage.root}: {row['reason']}. Nothing is lost: mend the storage, then the "
+                    "same command goes on from here."
+                )
             moved += row["outcome"] in ("committed", "already", "second opinion")
             reason = row["reason"] or reason
-            for key in sums:
+            for key in SUMMED:
                 sums[key] += row[key]
-            progress.advance(row["ok"] + row["failed"] + row["rejected"], failed=row["failed"])
+            progress.advance(int(row["ok"] + row["failed"] + row["rejected"]), failed=int(row["failed"]))
         idle = 0 if moved else idle + 1
         if idle >= MAX_IDLE_ROUNDS:
             raise EnvironmentFault(

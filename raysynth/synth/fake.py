@@ -38,7 +38,7 @@ class FakeRenderer:
     flavour: int = 0
     """Another number gives other bytes for the same seeds (a zombie on other hardware)."""
     log: str = ""
-    """File that gets one line a rendered row: `key`."""
+    """File that gets one line a rendered row: key and process id."""
 
     def __post_init__(self) -> None:
         self.sick = False
@@ -72,5 +72,5 @@ class FakeRenderer:
             images[i] = np.nan if row.key in self.broken else np.tanh(0.3 * noise + 0.1 * level)
         if self.log:
             with open(self.log, "a") as f:
-                f.writelines(f"{row.key}\n" for row in rows if row is not None and row.key != "canary")
+                f.writelines(f"{row.key} {os.getpid()}\n" for row in rows if row is not None and row.key != "canary")
         return images

@@ -69,6 +69,10 @@ def fault_in(image: np.ndarray) -> str | None:
     return None
 
 
+class SickWorker(Exception):
+    """The canary failed: this process must not judge rows."""
+
+
 CANARY = Row(key="canary", seed=noise_seed(0, "canary", 0))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.identity import fp12
-from raysynth.synth.renderer import CANARY, Renderer, canary_fault, is_out_of_memory
+from raysynth.synth.renderer import CANARY, Renderer, SickWorker, canary_fault, is_out_of_memory
 from raysynth.synth.sets import SyntheticSet
 
 MEASURE_SECONDS = 20.0
@@ -44,8 +44,8 @@ def settle(store: SyntheticSet, renderer: Renderer, micro_batch: int | None, acc
     """Writes render.json if absent, with a measured micro-batch where none is typed; then obeys what is there.
 
     Raises:
-        EnvironmentFault: this renderer's facts differ from render.json and `accept_change` is false, or the
-            renderer fails its canary while measuring.
+        EnvironmentFault: this renderer's facts differ from render.json and `accept_change` is false.
+        SickWorker: the renderer fails its canary while it is measured.
     """
     facts = renderer.facts()
     settled = read_settled(store)
@@ -70,7 +70,7 @@ def _rate(renderer: Renderer, size: int) -> float:
     began = time.perf_counter()
     fault = canary_fault(renderer, size)
     if fault:
-        raise EnvironmentFault(f"the renderer fails its canary: {fault}")
+        raise SickWorker(fault)
     return size / (time.perf_counter() - began)
 
 

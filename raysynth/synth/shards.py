@@ -27,15 +27,22 @@ from raysynth.core.schemas import (
 )
 from raysynth.data.images import encode_png, pixel_sha256
 from raysynth.synth.attempts import Attempt
-from raysynth.synth.renderer import Renderer, Row, canary_fault, fault_in, is_out_of_memory, noise_seed, to_uint8
+from raysynth.synth.renderer import (
+    Renderer,
+    Row,
+    SickWorker,
+    canary_fault,
+    fault_in,
+    is_out_of_memory,
+    noise_seed,
+    to_uint8,
+)
 from raysynth.synth.sets import SyntheticSet, Wave
 
 MODES_FROM_PIXELS = ("img2img", "inpaint", "outpaint")
+IDENTITY_COLUMNS = ("generator_id", "sampler", "steps", "guidance_scale", "guidance_rescale")
+"""Columns equal in every row of a set."""
 CANARY_EVERY = 50  # shards; about an hour of one GPU
-
-
-class SickWorker(Exception):  # noqa: N818 - a condition of the worker, not an error of the rows
-    """The canary failed: this process must not judge rows."""
 
 
 @dataclass
@@ -62,19 +69,13 @@ class ShardRunner:
     """One per render process. `run` may be called from two threads: the lock keeps the device to one of them, so
     that loading, encoding and committing of one shard overlap the rendering of the next."""
 
-    def __init__(
-        self,
-        store: SyntheticSet,
-        renderer: Renderer,
-        micro_batch: int,
-        constants: dict[str, Any],
-    ) -> None:
+    def __init__(self, store: SyntheticSet, renderer: Renderer, micro_batch: int) -> None:
         """
         Args:
             micro_batch: images rendered at once, from render.json.
-            constants: columns equal in every row: generator_id, sampler, steps, guidance_scale, guidance_rescale.
         """
-        self.store, self.renderer, self.micro_batch, self.constants = store, renderer, micro_batch, constants
+        self.store, self.renderer, self.micro_batch = store, renderer, micro_batch
+        self.constants = {name: store.identity[name] for name in IDENTITY_COLUMNS}
         self.actor = uuid.uuid4().hex[:12]
         self.device = threading.Lock()
         self.shards_run = 0

@@ -9,7 +9,7 @@ import pytest
 
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import repair, verify
-from tests.engine import images, render_all, synthetic_set, wanted_rows
+from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
 
 BASE = {"micro_batch": 4, "shard_rows": 8, "workers": 1}
 
@@ -29,7 +29,7 @@ class World:
         renderer.log = str(self.log)
         self.store = store or synthetic_set(self.root)
         render_all(self.store, wanted if wanted is not None else wanted_rows(), renderer, **(BASE | how))
-        return set(self.log.read_text().split()) if self.log.exists() else set()
+        return rendered(self.log)
 
 
 def keys(n: int = 12, replicas: int = 3, seed: int = 0) -> set[str]:

@@ -9,10 +9,11 @@ import pytest
 
 from raysynth.synth.attempts import Attempt, History
 from raysynth.synth.fake import FakeRenderer
-from raysynth.synth.shards import ShardRunner, SickWorker
+from raysynth.synth.renderer import SickWorker
+from raysynth.synth.shards import ShardRunner
 from raysynth.synth.verify import verify
 from raysynth.synth.waves import extend, pending
-from tests.engine import CONSTANTS, images, render_all, synthetic_set, wanted_rows
+from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
 
 KEYS = wanted_rows().column("row_key").to_pylist()
 
@@ -50,7 +51,7 @@ def test_a_row_that_fails_on_one_actor_only_is_ok(tmp_path: Path, reference: dic
     assert len(pending(store, wanted_rows())) == 1
     log = tmp_path / "log"
     render_all(store, wanted_rows(), FakeRenderer(log=str(log)))
-    assert log.read_text().split() == [KEYS[5]]  # the first actor's good rows are kept
+    assert rendered(log) == {KEYS[5]}  # the first actor's good rows are kept
     assert images(store) == reference
 
 
@@ -109,7 +110,7 @@ def test_deaths_of_the_machine_quarantine_nobody(tmp_path: Path, reference: dict
 def test_a_sick_worker_judges_no_row(tmp_path: Path, reference: dict) -> None:
     store = synthetic_set(str(tmp_path / "set"))
     extend(store, wanted_rows(), 8, "test")
-    sick = ShardRunner(store, FakeRenderer(sick_file=str(tmp_path / "sick")), 4, CONSTANTS)
+    sick = ShardRunner(store, FakeRenderer(sick_file=str(tmp_path / "sick")), 4)
     for wave, shard in pending(store, wanted_rows()):
         with pytest.raises(SickWorker):
             sick.run(wave, shard)

@@ -1,0 +1,168 @@
+"""The `raysynth` command: each verb loads the experiment and calls one stage. Heavy imports wait for the verb.
+
+Exit codes: 0 done; 2 the file or the data is wrong; 3 finished, but a gate failed; 4 an environment fault, the
+only one worth retrying.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raysynth.core.errors import RaysynthError
+from raysynth.core.progress import console, say
+
+if TYPE_CHECKING:
+    from raysynth.core.experiment import Experiment
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Real medical images in, a synthetic set that survives any crash out. One YAML file is one experiment.",
+    epilog="Exit codes: 0 done, 2 the file or the data is wrong, 3 a gate failed, 4 environment fault (retry).",
+)  # fmt: skip
+
+File = Annotated[str, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file; see jobs/.")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides, as in root=/data/runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print config, artifacts and cost; do nothing.")]
+Retry = Annotated[bool, typer.Option("--retry-failed", help="Render rows recorded as failed once more.")]
+Root = Annotated[str, typer.Argument(metavar="ROOT", help="Where artifacts are: a folder or s3://bucket/prefix.")]
+
+
+def _load(file: str, words: list[str] | None) -> Experiment:
+    from raysynth.core.config import load_experiment
+
+    return load_experiment(file, words or [])
+
+
+def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_failed: bool = False) -> None:
+    """Runs the stages in order; after `generate`, draws the contact sheet."""
+    from raysynth.stages.pipeline import Pipeline
+
+    pipeline = Pipeline(experiment)
+    if dry_run:
+        from raysynth.stages.overview import show_dry_run
+
+        show_dry_run(pipeline)
+        return
+    for stage in stages:
+        pipeline.do(stage, retry_failed=retry_failed and stage == "generate")
+    if stages[-1] == "generate":
+        from raysynth.report import write_contact_sheet
+
+        sheet = write_contact_sheet(pipeline)
+        say(f"contact sheet: {pipeline.storage.url(sheet)}")
+
+
+@app.command()
+def run(file: File, words: Words = None, dry_run: DryRun = False, retry_failed: Retry = False) -> None:
+    """Every stage that is missing, in order."""
+    from raysynth.stages.pipeline import ARTIFACTS
+
+    _stages(_load(file, words), list(ARTIFACTS), dry_run, retry_failed)
+
+
+@app.command()
+def ingest(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """Real images -> a checked image table with patient-safe splits."""
+    _stages(_load(file, words), ["ingest"], dry_run)
+
+
+@app.command("train-generator")
+def train_generator(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """Train the diffusion model; resumes exactly after any kill."""
+    _stages(_load(file, words), ["train-generator"], dry_run)
+
+
+@app.command()
+def plan(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """The table of synthetic images wanted."""
+    _stages(_load(file, words), ["plan"], dry_run)
+
+
+@app.command()
+def generate(file: File, words: Words = None, dry_run: DryRun = False, retry_failed: Retry = False) -> None:
+    """Render whatever of the plan is missing with a pool of actors."""
+    _stages(_load(file, words), ["generate"], dry_run, retry_failed)
+
+
+@app.command()
+def status(file: File, words: Words = None) -> None:
+    """What is done and running, images/s, time left and cost so far; from any machine that sees the root."""
+    from raysynth.stages.overview import show_status
+    from raysynth.stages.pipeline import Pipeline
+
+    show_status(Pipeline(_load(file, words)))
+
+
+@app.command()
+def verify(
+    file: File,
+    words: Words = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Give up corrupt shards; `generate` redoes them.")] = False,
+) -> None:
+    """Wanted rows against stored images: missing, duplicate, extra, corrupt."""
+    from raysynth.stages.overview import verify_set
+    from raysynth.stages.pipeline import Pipeline
+
+    verify_set(Pipeline(_load(file, words)), repair)
+
+
+@app.command()
+def ls(root: Root = "runs") -> None:
+    """Artifacts under a root, their state, and who uses them."""
+    from raysynth.core.storage import open_storage
+    from raysynth.stages.housekeeping import show_artifacts
+
+    show_artifacts(open_storage(root))
+
+
+@app.command()
+def gc(
+    root: Root = "runs",
+    delete: Annotated[bool, typer.Option("--delete", help="Delete them; without it, only list.")] = False,
+) -> None:
+    """Files that no marker, wave or artifact names. Lists them; deletes only when told."""
+    from raysynth.core.storage import open_storage
+    from raysynth.stages.housekeeping import collect_garbage
+
+    collect_garbage(open_storage(root), delete)
+
+
+@app.command()
+def quickstart(
+    root: Annotated[str, typer.Option("--root", help="Where artifacts go.")] = "runs",
+    short: Annotated[bool, typer.Option("--short", help="Fewer steps and images; what CI runs.")] = False,
+) -> None:
+    """Real digits, CPU, minutes: train a generator, render 2,000 images with an actor pool, draw the contact sheet."""
+    from raysynth.core.config import load_experiment
+
+    words = [f"root={root}"]
+    if short:
+        words += ["name=quickstart-short", "generator.steps=300", "plan.replicas=4"]
+    experiment = load_experiment(str(Path(__file__).parent / "quickstart.yaml"), words)
+    from raysynth.stages.pipeline import ARTIFACTS
+
+    _stages(experiment, list(ARTIFACTS), dry_run=False)
+
+
+def main() -> None:
+    """Entry point: errors of raysynth become one message and an exit code; everything else is a bug's traceback."""
+    try:
+        app()
+    except RaysynthError as error:
+        console.print("[bold red]error[/] ", end="")
+        say(str(error))
+        sys.exit(error.exit_code)
+    except Exception as error:
+        from raysynth.core.storage import is_storage_fault
+
+        if not is_storage_fault(error):
+            raise
+        say(f"error: storage: {type(error).__name__}: {error}. Nothing is lost; the same command goes on from here.")
+        sys.exit(4)
+    except KeyboardInterrupt:
+        say("interrupted: nothing is lost, the same command goes on from here")
+        sys.exit(130)
