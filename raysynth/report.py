@@ -26,6 +26,7 @@ from raysynth.core.artifacts import Artifact
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import ATTRIBUTE, attribute_names, label_names
 from raysynth.core.storage import Storage
+from raysynth.data.attributes import categories
 from raysynth.data.images import decode_png
 from raysynth.data.strata import NONE, raw_labels, seeded_order
 from raysynth.data.subsets import generator_rows, train_split
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 REAL, SYNTHETIC, NEAREST = 4, 8, 3
 """Columns of each block."""
 MOST_ROWS = 10
-NEAREST_AMONG = {64: 20_000, 4096: 4_000}
+NEAREST_AMONG = {64: 20_000, 4096: 2_000}
 """Side of the images, pixels -> how many training images are searched, so that a sheet takes seconds."""
 COMPARE_SIDE = 32
 
@@ -155,7 +156,7 @@ class _Cells:
         labels = sorted({label for label, _ in plain.names(train)}, key=[*names, NONE].index)
         asked = ["age_bin" if n == "age" else n for n in experiment.generator.conditions]
         for name in (n for n in asked if n in attribute_names(train.schema)):
-            values = sorted(v for v in pc.unique(train[ATTRIBUTE + name]).to_pylist() if v is not None)
+            values = categories(name, train[ATTRIBUTE + name], experiment.data.age_bins)
             if len(values) > 1 and len(labels) * len(values) <= MOST_ROWS:
                 return cls(rarest_first, name, [(label, v) for label in labels for v in values])
         return cls(rarest_first, None, [(label, "") for label in labels])
@@ -188,16 +189,15 @@ def _nearest(queries: Sequence[np.ndarray], pool: Sequence[str], stored: Mapping
     """Of each query, the image of the pool with the least pixel distance."""
     if not queries:
         return []
-    small = np.stack([_small(decode_png(stored[i])) for i in pool])
+    # The generator's size may differ from the stored images'.
+    side = min(COMPARE_SIDE, queries[0].shape[0], decode_png(stored[pool[0]]).shape[0])
+    small = np.stack([_small(decode_png(stored[i]), side) for i in pool])
     norms = (small**2).sum(axis=1)
-    return [pool[int((norms - 2 * small @ _small(q)).argmin())] for q in queries]
+    return [pool[int((norms - 2 * small @ _small(q, side)).argmin())] for q in queries]
 
 
-def _small(image: np.ndarray) -> np.ndarray:
-    side = (COMPARE_SIDE, COMPARE_SIDE)
-    picture = _picture(image)
-    if max(picture.size) > COMPARE_SIDE:
-        picture = picture.resize(side, Image.Resampling.BOX)
+def _small(image: np.ndarray, side: int) -> np.ndarray:
+    picture = _picture(image).resize((side, side), Image.Resampling.BOX)
     return np.asarray(picture, dtype=np.float32).ravel() / 255
 
 
