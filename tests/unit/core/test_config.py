@@ -123,8 +123,8 @@ def test_files_that_are_no_experiment(tmp_path: Path, content: str | None, text:
 
 def test_a_mistyped_file_name_finds_the_likely_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[3])
-    with pytest.raises(ConfigError, match=r"Did you mean jobs/quickstart/digits.yaml\?"):
-        load_experiment("jobs/quickstart/digit.yaml")
+    with pytest.raises(ConfigError, match=r"Did you mean jobs/skin/mini.yaml\?"):
+        load_experiment("jobs/skin/mimi.yaml")
 
 
 def test_every_key_can_be_typed() -> None:
