@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -81,7 +81,7 @@ class Storage:
     def _walk(self, folder: str) -> Iterator[Entry]:
         raise FileNotFoundError(folder)
 
-    def folders(self, folder: str = "") -> list[str]:
+    def folders(self, folder: str = "") -> Sequence[str]:
         """Names of the folders directly below `folder`, sorted."""
         raise FileNotFoundError(folder)
 
@@ -185,7 +185,7 @@ class LocalStorage(Storage):
         if not isinstance(error, FileNotFoundError):
             raise error
 
-    def folders(self, folder: str = "") -> list[str]:
+    def folders(self, folder: str = "") -> Sequence[str]:
         top = self._full(folder)
         if not os.path.isdir(top):
             return []
@@ -258,7 +258,7 @@ class S3Storage(Storage):
                 full[len(self._prefix) + 1 :], int(info["size"]), etag, written.timestamp() if written else 0.0
             )
 
-    def folders(self, folder: str = "") -> list[str]:
+    def folders(self, folder: str = "") -> Sequence[str]:
         try:
             found = self.fs.ls(self._full(folder), detail=True, refresh=True)
         except FileNotFoundError:

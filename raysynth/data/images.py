@@ -77,13 +77,14 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
     spec = resolve_image(spec)
     if not data:
         raise BadImage("zero bytes")
+    bomb = f"decompression bomb: more than data.image.max_megapixels {spec.max_megapixels:g}"
     # Pillow warns above this and refuses above twice this; the check below is exact.
     Image.MAX_IMAGE_PIXELS = int(spec.max_megapixels * 1e6)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         megapixels = image.width * image.height / 1e6
         if megapixels > spec.max_megapixels:
-            raise BadImage(f"{megapixels:.0f} megapixels, more than data.image.max_megapixels {spec.max_megapixels:g}")
+            raise BadImage(f"{bomb} ({megapixels:.0f})")
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise BadImage(f"{frames} frames in one file")
@@ -91,7 +92,7 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
     except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise BadImage(f"more than data.image.max_megapixels {spec.max_megapixels:g}") from error
+        raise BadImage(bomb) from error
     except UnidentifiedImageError as error:
         raise BadImage("undecodable: no known image format") from error
     except Exception as error:  # whatever a decoder raises is a property of these bytes

@@ -20,7 +20,7 @@ from raysynth.data.sources import SourceListing
 
 def reason_kind(reason: str) -> str:
     """The reason without names and numbers: `blank: every pixel is 0` -> `blank`."""
-    return re.sub(r"'[^']*'|\b\d+\b", "...", reason.split(":")[0]).strip()
+    return re.sub(r"'[^']*'|\b\d+\b", "...", reason).split(":")[0].strip()
 
 
 class Quarantine:

@@ -130,9 +130,9 @@ def _fixed_units(
     unit_split = np.full(n_units, -1, np.int64)
     np.maximum.at(unit_split, units, code)
     conflicts: dict[int, str] = {}
-    for i in np.flatnonzero((code >= 0) & (code != unit_split[units])):
+    for i in map(int, np.flatnonzero((code >= 0) & (code != unit_split[units]))):
         held, other = SPLITS[unit_split[units[i]]], SPLITS[code[i]]
-        conflicts[int(i)] = f"patient {patients[i]!r} is in two fixed splits, {other} and {held}"
+        conflicts[i] = f"patient {patients[i]!r} is in two fixed splits, {other} and {held}"
     if conflicts and split.on_conflict == "refuse":
         raise DataError(
             "data.columns.split", f"{next(iter(conflicts.values()))}; {len(conflicts)} images in all",
@@ -186,7 +186,7 @@ def require_every_split(
     notes = []
     given, made = set(fixed), np.array(assigned)
     for name in (s for s in SPLITS if s in set(assigned)):
-        for j in np.flatnonzero(~positives[made == name].any(axis=0)):
+        for j in map(int, np.flatnonzero(~positives[made == name].any(axis=0))):
             if kind == "single" and name not in given:
                 raise DataError(
                     "data.labels.classes", f"{classes[j]}: no image in {name}, {int(positives[:, j].sum())} in all",

@@ -95,7 +95,9 @@ def test_findings_columns(tmp_path: Path) -> None:
     assert reasons(listing)["pics/2.png"].startswith("finding 'mass' is '9'")
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "pics/../../secret.png", "/etc/passwd", "pics/link.png", "out/s.png"])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "pics/../../secret.png", "/etc/passwd", "pics/link.png", "out/s.png"]
+)
 def test_path_that_leaves_the_folder(tmp_path: Path, path: str) -> None:
     root = tmp_path / "root"
     storage = four(str(root))
@@ -139,7 +141,8 @@ def test_label_outside_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_row_without_file_label_or_id(any_root: str) -> None:
-    write_csv(four(any_root), ["pics/0.png,a,i", "pics/gone.png,a,j", ",a,k", "pics/1.png,,l", "pics/2.png,a,"], "file,dx,id")
+    lines = ["pics/0.png,a,i", "pics/gone.png,a,j", ",a,k", "pics/1.png,,l", "pics/2.png,a,"]
+    write_csv(four(any_root), lines, "file,dx,id")
     listing = list_source(data_of(any_root, columns={"label": "dx", "id": "id"}), "x")
     found = reasons(listing)
     assert {k: found[k] for k in ("j", "k", "l", "")} == {
@@ -167,7 +170,7 @@ def test_class_without_images_is_refused(tmp_path: Path) -> None:
 
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     four(str(tmp_path))
-    with pytest.raises(DataError, match="Of 4 rows none is: 'pics/0.png': row without file"):
+    with pytest.raises(DataError, match=r"Of 4 rows none is: 'pics/0\.png': row without file"):
         list_source(data_of(str(tmp_path), images=str(tmp_path / "pics")), "x")
 
 
@@ -191,7 +194,8 @@ def test_broken_csv_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_wrong_column_name_says_the_columns_and_the_likely_one(tmp_path: Path) -> None:
     four(str(tmp_path))
-    with pytest.raises(DataError, match=r"data\.columns\.attributes\.view: got 'DX '.*one of the columns: file, dx\. Did you mean dx"):
+    message = r"data\.columns\.attributes\.view: got 'DX '.*one of the columns: file, dx\. Did you mean dx"
+    with pytest.raises(DataError, match=message):
         list_source(data_of(str(tmp_path), columns={"label": "dx", "attributes": {"view": "DX "}}), "x")
 
 
@@ -253,7 +257,8 @@ def test_empty_class_folder_and_linked_image(tmp_path: Path) -> None:
     storage.put("a/1.png", picture(1))
     (tmp_path / "else.png").write_bytes(picture(2))
     os.symlink(tmp_path / "else.png", tmp_path / "set" / "a" / "2.png")
-    assert reasons(list_source(data_of(storage.root, "class_folders"), "x")) == {"a/2.png": "path leaves the image folder"}
+    listing = list_source(data_of(storage.root, "class_folders"), "x")
+    assert reasons(listing) == {"a/2.png": "path leaves the image folder"}
     (tmp_path / "set" / "b").mkdir()
     with pytest.raises(DataError, match=r"data\.labels\.classes: got 'b: no usable rows'"):
         list_source(data_of(storage.root, "class_folders"), "x")
@@ -327,7 +332,8 @@ def test_digest_sees_new_data_and_nothing_else(any_root: str) -> None:
     storage.put("runs/ingest/x/table.parquet", b"an artifact beside the data")
     assert list_source(data, "another name").digest == before
     seen = {before}
-    for path, content in (("pics/9.png", picture(9)), ("pics/0.png", picture(8)), ("table.csv", b"file,dx\npics/0.png,a\n")):
+    changes = {"pics/9.png": picture(9), "pics/0.png": picture(8), "table.csv": b"file,dx\npics/0.png,a\n"}
+    for path, content in changes.items():
         storage.put(path, content)
         seen.add(list_source(data, "x").digest)
     assert len(seen) == 4

@@ -165,14 +165,14 @@ def test_images_without_split_go_where_the_data_fixes_none() -> None:
 
 
 def test_patient_in_two_fixed_splits_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data\.columns\.split: got .*patient 'a' is in two fixed splits, train and test"):
+    message = r"data\.columns\.split: got .*patient 'a' is in two fixed splits, train and test"
+    with pytest.raises(DataError, match=message):
         assign(["a", "b", "a"], np.ones((3, 1), bool), fixed=["train", "train", "test"])
 
 
 def test_patient_in_two_fixed_splits_keeps_the_most_held_out_one() -> None:
-    got = assign(
-        ["a", "b", "a", "a"], np.ones((4, 1), bool), Split(val=0, on_conflict="quarantine"), ["train", "train", "test", None]
-    )
+    fixed: list[str | None] = ["train", "train", "test", None]
+    got = assign(["a", "b", "a", "a"], np.ones((4, 1), bool), Split(val=0, on_conflict="quarantine"), fixed)
     assert got.conflicts == {0: "patient 'a' is in two fixed splits, train and test"}
     assert got.split[1:] == ["train", "test", "test"]
 
