@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from dataclasses import dataclass
 
 from raysynth.core.errors import EnvironmentFault
@@ -35,27 +36,28 @@ class Resources:
 
 
 def connect(compute: Compute) -> Resources:
-    """Joins the cluster of `compute.address`, RAY_ADDRESS or a Ray started here; else starts a private one.
+    """Joins the cluster of `compute.address` or RAY_ADDRESS; without either starts a private one on loopback.
 
     Raises:
         EnvironmentFault: no cluster at the address.
     """
-    local = compute.address == "local"
-    if local or not (compute.address or os.environ.get("RAY_ADDRESS")):
+    address = compute.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
         # A private instance listens on loopback only; a token would be written to the home folder for nothing.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     if not ray.is_initialized():
         try:
+            _require_listener(address)
             ray.init(
-                address=compute.address, include_dashboard=False if local else None,
+                address=address, include_dashboard=False if address == "local" else None,
                 logging_level="error", log_to_driver=False,
             )  # fmt: skip
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise EnvironmentFault(
-                f"compute.address {compute.address or os.environ.get('RAY_ADDRESS')}: no Ray cluster answers "
-                f"({str(error).splitlines()[0]}). Start one with `ray start --head`, or use compute.address=local."
+                f"compute.address {address}: no Ray cluster answers ({str(error).splitlines()[0]}). Start one with "
+                "`ray start --head` and use compute.address=auto, or use compute.address=local."
             ) from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     total = ray.cluster_resources()
@@ -64,6 +66,13 @@ def connect(compute: Compute) -> Resources:
     if compute.use_gpu and not found.gpus:
         raise EnvironmentFault("compute.use_gpu: the cluster has no GPU. Add a GPU node or set compute.use_gpu=null.")
     return found if compute.use_gpu is not False else Resources(found.cpus, 0, found.nodes)
+
+
+def _require_listener(address: str) -> None:
+    """Raises OSError where nothing listens at `host:port`; ray.init would wait for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def quiet_data_context() -> None:

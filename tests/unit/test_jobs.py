@@ -22,7 +22,7 @@ def test_shipped_experiments_load(file: Path) -> None:
 
 def test_topics() -> None:
     names = {str(f.relative_to(JOBS)) for f in FILES}
-    assert {"quickstart/digits.yaml", "xray/mini.yaml", "xray/gpu.yaml", "skin/mini.yaml", "skin/gpu.yaml"} <= names
+    assert {"xray/mini.yaml", "xray/gpu.yaml", "skin/mini.yaml", "skin/gpu.yaml"} <= names
 
 
 def test_the_paper_recipe() -> None:
