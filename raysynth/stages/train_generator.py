@@ -79,7 +79,8 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
         }  # fmt: skip
         say(f"{STAGE}: {len(ids):,} real images ({generator.train_on}), {generator.steps:,} steps of "
             f"{generator.batch_size}, {max(1, workers)} {'GPU' if gpu else 'CPU'} process(es)")  # fmt: skip
-        with TrainingLog(storage, artifact.file("log"), STAGE, generator.steps) as log:
+        every = experiment.compute.checkpoint_every
+        with TrainingLog(storage, artifact.file("log"), STAGE, generator.steps, every) as log:
             task = training_loop.Task(
                 storage, artifact.path, view.path, generator, spec, list(vocabulary["classes"]), facts,
                 experiment.compute, log.queue,

@@ -1,7 +1,8 @@
 """The driver's ear on a training run: progress line, `log/loss.jsonl` and TensorBoard curves beside the artifact.
 
 Training runs in other processes, perhaps on other nodes; rank 0 sends rows through a Ray queue and a thread of the
-driver writes them down. On a remote root the files are written locally and copied up every `FLUSH_S` seconds.
+driver writes them down. On a remote root the files are written locally and copied up, at every checkpoint and every
+`FLUSH_S` seconds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from raysynth.core.progress import Progress
+from raysynth.core.progress import Progress, say
 from raysynth.core.storage import LocalStorage, Storage
 
 FLUSH_S = 20.0
@@ -27,13 +28,16 @@ class TrainingLog:
         folder: of the log, relative to the root.
         stage: name on the progress line.
         steps: optimizer steps in all.
+        checkpoint_every: the file is brought up to date at every checkpoint, because a run that was killed goes on
+            from there.
     """
 
-    def __init__(self, storage: Storage, folder: str, stage: str, steps: int) -> None:
+    def __init__(self, storage: Storage, folder: str, stage: str, steps: int, checkpoint_every: int) -> None:
         from ray.util.queue import Queue
 
         self.queue: Any = Queue(actor_options={"num_cpus": 0})
         self.storage, self.folder, self.stage, self.steps = storage, folder, stage, steps
+        self.checkpoint_every = checkpoint_every
         self._local = isinstance(storage, LocalStorage)
         self._place = Path(storage.url(folder) if self._local else tempfile.mkdtemp(prefix="raysynth-log-"))
         self._place.mkdir(parents=True, exist_ok=True)
@@ -60,20 +64,23 @@ class TrainingLog:
         curves = SummaryWriter(str(self._place), flush_secs=10)
         progress, flushed = None, time.monotonic()
         while True:
-            last = self._stop.is_set()
+            last = due = self._stop.is_set()
             for row in self._received():
                 if "resumed" in row:
                     # Steps after the checkpoint are trained, and logged, again.
                     self._rows = [r for r in self._rows if r["step"] <= row["resumed"]]
+                    if row["resumed"]:
+                        say(f"{self.stage}: continues at step {row['resumed']:,}")
                     if progress is None:
                         progress = Progress(self.stage, self.steps, "steps", done=row["resumed"])
                     continue
                 self._rows.append(row)
+                due |= row["step"] % self.checkpoint_every == 0
                 for name in ("loss", "lr", "images_per_s"):
                     curves.add_scalar(name, row[name], row["step"])
                 if progress is not None:
                     progress.advance(max(0, row["step"] - progress.done), facts=f"loss {row['loss']:.4f}")
-            if last or time.monotonic() - flushed > FLUSH_S:
+            if due or time.monotonic() - flushed > FLUSH_S:
                 curves.flush()
                 self._flush()
                 flushed = time.monotonic()

@@ -13,7 +13,10 @@ from raysynth.core.storage import open_storage
 def small_experiment(root: str, cache: str, **compute: Any) -> Experiment:
     """150 steps with checkpoints every 25; `compute` may say otherwise where it does not change the weights."""
     return build_experiment({
-        "name": "d", "root": root, "data": {"kind": "digits", "image": {"size": 8, "channels": "grey"}},
+        "name": "d", "root": root,
+        "data": {
+            "kind": "digits", "image": {"size": 8, "channels": "grey"}, "columns": {"attributes": {"sex": "sex"}},
+        },
         "generator": {
             "train_on": "train", "base_channels": 8, "channel_multipliers": [1, 2], "steps": 150, "batch_size": 16,
             "conditions": ["label", "sex"], "warmup_steps": 5,
