@@ -106,7 +106,7 @@ class Storage:
             self.delete(name)
         except EnvironmentFault:
             raise
-        except Exception as error:  # noqa: BLE001 - any failure here is the environment's
+        except Exception as error:
             raise EnvironmentFault(
                 f"root {self.root} cannot be written ({type(error).__name__}: {error}). "
                 "Check that it exists, the credentials, and AWS_ENDPOINT_URL for stores other than AWS."

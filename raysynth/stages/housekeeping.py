@@ -44,7 +44,8 @@ def show_artifacts(storage: Storage) -> None:
     rows = [(folder, "done" if run else "incomplete") for folder, run in artifacts]
     for name in storage.folders(FOLDER):
         store = SyntheticSet.open(storage, name)
-        rows.append((f"{FOLDER}/{name}", f"{len(store.done()):,} of {sum(len(w.shards) for w in store.waves()):,} shards"))
+        shards = sum(len(w.shards) for w in store.waves()) - len(store.void())
+        rows.append((f"{FOLDER}/{name}", f"{len(store.done()):,} of {shards:,} shards"))
     for folder, state in rows:
         size = sum(e.size for e in storage.list(folder)) / 2**20
         table.add_row(folder, state, f"{size:,.1f}", ", ".join(users[folder]))

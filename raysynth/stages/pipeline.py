@@ -16,7 +16,7 @@ from raysynth.stages import cluster
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
-from raysynth.stages.train_generator import train_generator, generator_artifact
+from raysynth.stages.train_generator import generator_artifact, train_generator
 from raysynth.synth.sets import SyntheticSet
 
 ARTIFACTS = {"ingest": "images", "train-generator": "generator", "plan": "plan", "generate": "generated"}

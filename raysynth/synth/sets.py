@@ -183,19 +183,16 @@ class SyntheticSet:
         rows = self.rows()
         rows = rows[rows["done"].astype(bool)]
         markers = self.markers(rows["shard"].unique())
-        parts = rows["shard"].map({s: m["part"] for s, m in markers.items()})
-        rows = rows.assign(part=parts, status="ok", reason=None)
-        bad = {
-            (s, int(place)): (status, reason)
-            for s, m in markers.items()
+        rows = rows.assign(part=rows["shard"].map({s: m["part"] for s, m in markers.items()}))
+        bad = [
+            (shard, int(place), status, reason)
+            for shard, m in markers.items()
             for status in ("failed", "rejected")
             for place, reason in m[status].items()
-        }
-        if bad:
-            at = pd.MultiIndex.from_frame(rows[["shard", "place"]])
-            for where, (status, reason) in bad.items():
-                hit = at.get_indexer([where])[0]
-                rows.iloc[hit, rows.columns.get_loc("status")] = status
-                rows.iloc[hit, rows.columns.get_loc("reason")] = reason
+        ]
+        faults = pd.DataFrame(bad, columns=["shard", "place", "status", "reason"])
+        faults = faults.astype({"shard": "int64", "place": "int64", "status": "str", "reason": "object"})
+        rows = rows.astype({"shard": "int64", "place": "int64"}).merge(faults, on=["shard", "place"], how="left")
+        rows["status"] = rows["status"].fillna("ok")
         order = rows.assign(fine=rows["status"] == "ok").sort_values(["fine", "shard"], kind="stable")
         return order.drop_duplicates("row_key", keep="last").drop(columns=["fine", "done"]).reset_index(drop=True)

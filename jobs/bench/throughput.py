@@ -1,0 +1,164 @@
+"""Engine against a bare loop of the same pipeline, in turn in one run: the ratio of medians.
+
+    uv run python jobs/bench/throughput.py [--rows 512] [--repeats 5] [--workers 1]
+
+The bare loop renders the same micro-batches with the same renderer and rounds to uint8: no storage, no PNG, no
+hashes, no Ray. The engine is the render pool as `raysynth generate` runs it, on an untrained generator. Both are in
+steady state: the bare loop after one warm-up micro-batch, the engine from its first shard's start of rendering to
+its last marker; start-up is printed apart. With several workers the bare loop runs as as many processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from raysynth.core.config import build_experiment, resolved
+from raysynth.core.experiment import Compute, Experiment, Sampling
+from raysynth.core.storage import open_storage
+from raysynth.data.plans import build_plan
+from raysynth.stages import cluster
+from raysynth.stages.generate import render
+from raysynth.synth.renderer import RENDER_VERSION, Row, noise_seed, to_uint8
+from raysynth.synth.sets import SyntheticSet
+
+CLASSES = [f"c{i}" for i in range(10)]
+
+
+def experiment(size: int, preset: str, steps: int) -> Experiment:
+    """A digits-like experiment; only its generator's shape and its sampling matter here."""
+    return resolved(build_experiment({
+        "name": "bench", "data": {"kind": "digits", "image": {"size": size, "channels": "grey"}},
+        "generator": {"preset": preset}, "sampling": {"steps": steps},
+    }))  # fmt: skip
+
+
+def exported(e: Experiment, folder: str) -> None:
+    """An untrained generator: rendering costs what a trained one does."""
+    import torch
+
+    from raysynth.data.conditions import ConditionSpec
+    from raysynth.models.export import export_generator
+    from raysynth.models.unet import build_unet
+
+    spec = ConditionSpec("single", CLASSES, CLASSES)
+    torch.manual_seed(0)
+    unet = build_unet(e.generator, spec.dim, 1)
+    # The last layer starts at zero in some architectures; noise keeps images from being constant.
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.05)
+    facts = {"n_real_generator": 0, "train_on": "train", "channels": 1, "licence": "", "dataset": "none"}
+    export_generator(folder, e.generator, unet, spec, facts)
+
+
+def plan_rows(n: int) -> object:
+    """`n` rows over ten classes."""
+    import pyarrow as pa
+
+    table = {"image_id": [f"i{i}" for i in range(n)], "split": ["train"] * n, "patient_id": [f"p{i}" for i in range(n)]}
+    labels = {f"label_{c}": pa.array([int(i % 10 == k) for i in range(n)], pa.int8()) for k, c in enumerate(CLASSES)}
+    content = {"name": "bench", "data": {"kind": "digits"}, "plan": {"replicas": 1}}
+    return build_plan(pa.table({**table, **labels}), build_experiment(content))
+
+
+def make(folder: str, sampling: Sampling, gpu: bool) -> object:
+    """The renderer, on one thread of a CPU or on the GPU."""
+    from raysynth.synth.ddpm import DDPMRenderer
+
+    return DDPMRenderer(folder, sampling, "cuda" if gpu else "cpu", threads=1)
+
+
+def bare(folder: str, sampling: Sampling, gpu: bool, rows: list[Row], micro_batch: int, result: object = None) -> float:
+    """Images/s of the plain loop."""
+    renderer = make(folder, sampling, gpu)
+    renderer.render(rows[:micro_batch], micro_batch)
+    began = time.perf_counter()
+    for start in range(0, len(rows), micro_batch):
+        for image in renderer.render(rows[start : start + micro_batch], micro_batch):
+            to_uint8(image)
+    rate = len(rows) / (time.perf_counter() - began)
+    if result is not None:
+        result.put(rate)
+    return rate
+
+
+def bare_processes(workers: int, *args: object) -> float:
+    """Sum of the images/s of `workers` plain loops side by side."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    processes = [context.Process(target=bare, args=(*args, results)) for _ in range(workers)]
+    for p in processes:
+        p.start()
+    rates = [results.get() for _ in processes]
+    for p in processes:
+        p.join()
+    return sum(rates)
+
+
+def engine(folder: str, e: Experiment, gpu: bool, wanted: object, micro_batch: int, shard_rows: int, workers: int):
+    """(images/s in steady state, seconds from call to the first rendering, busy share of the device)."""
+    identity = {
+        "render_version": RENDER_VERSION, "generator_id": "bench", "seed": 0, "sampler": e.sampling.sampler,
+        "steps": e.sampling.steps, "guidance_scale": 1.0, "guidance_rescale": 0.0,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as root:
+        store = SyntheticSet(open_storage(root), "bench", identity)
+        compute = Compute(render_workers=workers, micro_batch=micro_batch, shard_rows=shard_rows)
+        began = time.time()
+        render(store, wanted, partial(make, folder, e.sampling, gpu), compute, cluster.connect(compute))
+        markers = store.markers(store.done()).values()
+    first = min(m["finished"] - m["render_seconds"] for m in markers)
+    last = max(m["finished"] for m in markers)
+    rendering = sum(m["render_seconds"] for m in markers)
+    return sum(m["ok"] for m in markers) / (last - first), first - began, rendering / workers / (last - first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"rows": 512, "repeats": 5, "workers": 1, "size": 16, "steps": 16, "micro-batch": 16,
+                        "shard-rows": 64}.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--out", default="", help="JSON file for the result")
+    a = parser.parse_args()
+    import torch
+
+    gpu = torch.cuda.is_available()
+    cluster.connect(Compute(address="local"))
+    e = experiment(a.size, a.preset, a.steps)
+    wanted = plan_rows(a.rows)
+    keys = wanted.column("row_key").to_pylist()
+    columns = wanted.select([n for n in wanted.column_names if n.startswith("label_")]).to_pylist()
+    rows = [Row(k, noise_seed(0, k, 0), c) for k, c in zip(keys, columns)]
+    with tempfile.TemporaryDirectory() as folder:
+        exported(e, folder)
+        found: dict[str, list[float]] = {"bare": [], "engine": [], "cold_start_s": [], "busy": []}
+        for i in range(a.repeats):
+            share = rows[: a.rows // a.workers]
+            found["bare"].append(bare_processes(a.workers, folder, e.sampling, gpu, share, a.micro_batch))
+            rate, cold, busy = engine(folder, e, gpu, wanted, a.micro_batch, a.shard_rows, a.workers)
+            for key, value in (("engine", rate), ("cold_start_s", cold), ("busy", busy)):
+                found[key].append(value)
+            print(f"{i + 1}: bare {found['bare'][-1]:.2f}, engine {rate:.2f} images/s, busy {busy:.3f}", flush=True)
+    medians = {k: statistics.median(v) for k, v in found.items()}
+    result = {
+        "hardware": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "torch": torch.__version__, "arguments": vars(a) | {"out": None}, "runs": found, "median": medians,
+        "ratio": medians["engine"] / medians["bare"],
+    }  # fmt: skip
+    print(f"ratio of medians {result['ratio']:.3f}")
+    print(f"engine {medians['engine']:.2f}, bare {medians['bare']:.2f} images/s")
+    print(f"device busy {medians['busy']:.3f}, cold start {medians['cold_start_s']:.1f} s")
+    if a.out:
+        Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
