@@ -47,8 +47,11 @@ def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_fail
 
         show_dry_run(pipeline)
         return
-    for stage in stages:
-        pipeline.do(stage, retry_failed=retry_failed and stage == "generate")
+    from raysynth.stages.noise import without_ray_noise
+
+    with without_ray_noise():
+        for stage in stages:
+            pipeline.do(stage, retry_failed=retry_failed and stage == "generate")
     if stages[-1] == "generate":
         from raysynth.report import write_contact_sheet
 

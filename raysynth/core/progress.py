@@ -8,7 +8,8 @@ from types import TracebackType
 
 from rich.console import Console
 
-console = Console(highlight=False, soft_wrap=True)
+# Logs have no width; 80 columns would cut folder names out of tables.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def say(text: str) -> None:

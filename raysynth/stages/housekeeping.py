@@ -40,7 +40,7 @@ def show_artifacts(storage: Storage) -> None:
             users[run["synthetic_set"]].append(folder)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("folder", "state", "MiB", "used by"):
-        table.add_column(column, justify="right" if column == "MiB" else "left", overflow="fold")
+        table.add_column(column, justify="right" if column == "MiB" else "left", no_wrap=column != "used by")
     rows = [(folder, "done" if run else "incomplete") for folder, run in artifacts]
     for name in storage.folders(FOLDER):
         store = SyntheticSet.open(storage, name)
@@ -48,7 +48,7 @@ def show_artifacts(storage: Storage) -> None:
         rows.append((f"{FOLDER}/{name}", f"{len(store.done()):,} of {shards:,} shards"))
     for folder, state in rows:
         size = sum(e.size for e in storage.list(folder)) / 2**20
-        table.add_row(folder, state, f"{size:,.1f}", ", ".join(users[folder]))
+        table.add_row(folder, state, f"{size:,.1f}", "\n".join(users[folder]))
     console.print(table)
 
 

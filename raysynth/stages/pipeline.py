@@ -85,15 +85,16 @@ class Pipeline:
         """Runs one stage, or says that it is done."""
         e, s = self.experiment, self.storage
         artifact = self.artifact(stage)
-        if stage != "plan" and (retry_failed or not artifact.complete):
-            _ = self.resources
+        if artifact.complete and stage in ("train-generator", "generate") and not retry_failed:
+            say(f"{stage}: {artifact.path} is complete")
+            return artifact
+        if stage == "plan":
+            return plan(e, s, self.images)
+        if stage == "ingest" and artifact.complete:
+            return ingest(e, s)
+        resources = self.resources
         if stage == "ingest":
             return ingest(e, s)
         if stage == "train-generator":
             return train_generator(e, s, self.images)
-        if stage == "plan":
-            return plan(e, s, self.images)
-        if artifact.complete and not retry_failed:
-            say(f"generate: {artifact.path} is complete")
-            return artifact
-        return generate(e, s, self.generator, self.plan, self.resources, retry_failed)
+        return generate(e, s, self.generator, self.plan, resources, retry_failed)

@@ -79,7 +79,7 @@ def selected_rows(
     Raises:
         DataError: more rows than the plan has, or an unknown class in `plan.quota`.
     """
-    rows = load_plan(storage, artifact, None if experiment.plan.quota else columns)
+    rows = load_plan(storage, artifact, None if columns is None or experiment.plan.quota else [*{*columns, "rank"}])
     mask = select(rows, artifact.run_info()["counts"]["n_real"], experiment.plan)
     rows = rows.filter(pa.array(mask))
     return rows.select(columns) if columns is not None else rows
