@@ -24,6 +24,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 the file or the data is wrong, 3 a gate failed, 4 environment fault (retry).",
 )  # fmt: skip
 
+SHORT = ["name=quickstart-short", "generator.steps=300", "plan.replicas=4"]
+"""Overrides of `quickstart --short`."""
+
 File = Annotated[str, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file; see jobs/.")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Overrides, as in root=/data/runs.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print config, artifacts and cost; do nothing.")]
@@ -144,7 +147,7 @@ def quickstart(
 
     words = [f"root={root}"]
     if short:
-        words += ["name=quickstart-short", "generator.steps=300", "plan.replicas=4"]
+        words += SHORT
     experiment = load_experiment(str(Path(__file__).parent / "quickstart.yaml"), words)
     from raysynth.stages.pipeline import ARTIFACTS
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
+import raysynth as raysynth_package
+from raysynth.cli import SHORT
 from raysynth.core.storage import open_storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
 
@@ -40,12 +42,39 @@ def main(root: str) -> None:
     sheet = Image.open(artifacts["generate"] / "contact_sheet.png")
     assert min(sheet.size) > 300, sheet.size
     began = time.monotonic()
-    again = subprocess.run(
-        [sys.executable, "-m", "raysynth", "quickstart", "--short", "--root", root], capture_output=True, text=True,
-        check=True,
-    )  # fmt: skip
-    assert "images/s" not in again.stdout, "a second run renders nothing"
+    again = raysynth("quickstart", "--short", "--root", root)
+    assert "images/s" not in again, "a second run renders nothing"
     print(f"quickstart: {counts['ok']} images, second run {time.monotonic() - began:.1f} s")
+    repair_a_corrupt_shard(root, store)
+
+
+def repair_a_corrupt_shard(root: str, store: SyntheticSet) -> None:
+    """One flipped byte is found, its shard alone is rendered again, to the same image hashes."""
+    words = [str(Path(raysynth_package.__file__).parent / "quickstart.yaml"), f"root={root}", *SHORT]
+    assert "400/400 committed" in raysynth("status", *words)
+    assert "clean" in raysynth("verify", *words)
+    shard = max(store.done())
+    before = pq.read_table(io.BytesIO(store.part(store.marker(shard)["part"]))).column("sha256").to_pylist()
+    file = store.file(store.marker(shard)["part"])
+    data = bytearray(store.storage.get(file))
+    data[100] ^= 1
+    store.storage.put(file, bytes(data))
+    assert "is not what was committed" in raysynth("verify", *words, code=3)
+    raysynth("verify", *words, "--repair")
+    assert f"{len(before)} rows" in raysynth("generate", *words)
+    assert "clean" in raysynth("verify", *words)
+    new = max(store.done())
+    assert pq.read_table(io.BytesIO(store.part(store.marker(new)["part"]))).column("sha256").to_pylist() == before
+    assert "synthetic-sets/" in raysynth("ls", root)
+    assert "0 orphan files" in raysynth("gc", root)
+    print("quickstart: one corrupt shard found, rendered again to the same bytes")
+
+
+def raysynth(*words: str, code: int = 0) -> str:
+    """Output of a command that must end with `code`."""
+    done = subprocess.run([sys.executable, "-m", "raysynth", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout
 
 
 if __name__ == "__main__":
