@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,10 @@ def render_all(
     shard_rows: int = 8,
     workers: int = 1,
     rounds: int = 4,
-    reopen: Sequence[str] = (),
+    retry_failed: bool = False,
 ) -> list[dict[str, Any]]:
     """Extends the set and renders what is pending, in rounds of fresh runners; returns every statistics row."""
-    extend(store, wanted, shard_rows, "test", reopen)
+    extend(store, wanted, shard_rows, "test", retry_failed)
     found: list[dict[str, Any]] = []
     for _ in range(rounds):
         left = pending(store, wanted)

@@ -11,7 +11,7 @@ from pathlib import Path
 from raysynth.core.storage import LocalStorage, Storage
 
 
-def local_folder(storage: Storage, folder: str, cache: str) -> Path:
+def local_folder(storage: Storage, folder: str, cache: str, version: str = "") -> Path:
     """Local path with the content of `folder`, which must be complete and never change again.
 
     A copy is made in a folder of its own and renamed into place, so that a second process on the machine sees all of
@@ -20,13 +20,14 @@ def local_folder(storage: Storage, folder: str, cache: str) -> Path:
     Args:
         folder: relative to the root.
         cache: local folder for copies; `~` is expanded.
+        version: digest of the content where a folder of that name may be written anew.
 
     Raises:
         FileNotFoundError: nothing is stored there.
     """
     if isinstance(storage, LocalStorage):
         return Path(storage.url(folder))
-    name = hashlib.sha256(storage.url(folder).encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{storage.url(folder)} {version}".encode()).hexdigest()[:16]
     place = Path(cache).expanduser() / f"{folder.rstrip('/').rsplit('/', 1)[-1]}-{name}"
     if place.is_dir():
         return place

@@ -10,7 +10,7 @@ import time
 import uuid
 from types import TracebackType
 
-from raysynth.core.storage import Storage
+from raysynth.core.storage import Storage, is_storage_fault
 
 BEAT_S = 10.0
 DEAD_AFTER_S = 4 * BEAT_S
@@ -52,9 +52,14 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
-            holder = holder_of(self.storage, self.path)
-            if holder is None or holder["run"] == self.run:
-                self._write()
+            try:
+                holder = holder_of(self.storage, self.path)
+                if holder is None or holder["run"] == self.run:
+                    self._write()
+            except Exception as error:
+                # A missed beat costs nothing; whether storage is usable is the engine's to say.
+                if not is_storage_fault(error):
+                    raise
 
 
 def holder_of(storage: Storage, path: str) -> dict | None:
@@ -63,4 +68,16 @@ def holder_of(storage: Storage, path: str) -> dict | None:
         record = json.loads(storage.get(path))
     except (FileNotFoundError, ValueError):
         return None
+    if record["host"] == socket.gethostname() and not _alive(record["pid"]):
+        return None
     return record if time.time() - record["beat"] < DEAD_AFTER_S else None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -10,13 +10,18 @@ Knows nothing of artifacts or images. Paths are relative to the root and use `/`
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from raysynth.core.errors import EnvironmentFault
+
+
+CONFLICT_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -192,16 +197,9 @@ class LocalStorage(Storage):
         return sorted(e.name for e in os.scandir(top) if e.is_dir())
 
     def delete(self, path: str) -> None:
-        full = self._full(path)
-        try:
-            os.unlink(full)
-        except FileNotFoundError:
-            return
-        folder = os.path.dirname(full)
-        # S3 has no folders to leave behind; keep the two alike.
-        while folder != self.root and not os.listdir(folder):
-            os.rmdir(folder)
-            folder = os.path.dirname(folder)
+        # Empty folders stay: removing them would race with a writer that has just made one.
+        with suppress(FileNotFoundError):
+            os.unlink(self._full(path))
 
     def open(self, path: str) -> IO[bytes]:
         return open(self._full(path), "rb")
@@ -238,11 +236,22 @@ class S3Storage(Storage):
         self.fs.pipe_file(self._full(path), data)
 
     def create(self, path: str, data: bytes) -> bool:
-        try:
-            self.fs.pipe_file(self._full(path), data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        for _ in range(CONFLICT_TRIES):
+            try:
+                self.fs.pipe_file(self._full(path), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                # s3fs knows AWS's full answer only; other stores say the bare code.
+                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                if code in ("PreconditionFailed", "412"):
+                    return False
+                if code not in ("ConditionalRequestConflict", "409"):
+                    raise
+                time.sleep(0.2)  # two conditional writers at once; S3 asks both to try again
+            else:
+                return True
+        raise EnvironmentFault(f"{self.url(path)}: other writers kept it busy. Run the same command again.")
 
     def size(self, path: str) -> int:
         return int(self.fs.info(self._full(path), refresh=True)["size"])
@@ -269,7 +278,8 @@ class S3Storage(Storage):
         self.fs.rm_file(self._full(path))
 
     def open(self, path: str) -> IO[bytes]:
-        return self.fs.open(self._full(path), "rb")
+        # s3fs reads 50 MiB ahead unless told; callers here want a footer and a row group.
+        return self.fs.open(self._full(path), "rb", block_size=1 << 20, cache_type="readahead")
 
 
 def open_storage(root: str) -> Storage:

@@ -4,9 +4,10 @@
     attempts/00012/0.step.json   careful mode only: the places being rendered right now
     attempts/00012/0.end.json    it ended without committing and without dying: rows failed, or the actor was sick
 
-An attempt with neither end nor marker died with its process. After two deaths the shard is rendered carefully: the
-places of the last death are bisected, the others masked so that shapes and places stay as they were. A row that
-was alone in two deaths is quarantined.
+An attempt with neither end nor marker died with its process, or left its device unfit (a row that breaks the CUDA
+context). After two deaths the shard is rendered carefully: the places of the last death are bisected, the others
+masked so that shapes and places stay as they were. A row that was alone in two deaths, and present in a third, is
+quarantined: two machines that die by chance while they render the same row convict nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from raysynth.synth.sets import SyntheticSet
 
 DEATHS_BEFORE_CARE = 2
 DEATHS_ALONE = 2
+DEATHS_PRESENT = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,10 @@ class History:
     def quarantined(self) -> set[int]:
         """Places that died alone often enough to be given up."""
         alone = [s[0] for s in self.steps if len(s) == 1]
-        return {p for p in alone if alone.count(p) >= DEATHS_ALONE}
+        return {
+            p for p in alone
+            if alone.count(p) >= DEATHS_ALONE and sum(p in s for s in self.steps) >= DEATHS_PRESENT
+        }  # fmt: skip
 
     @property
     def failures(self) -> dict[str, Any] | None:

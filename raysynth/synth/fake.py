@@ -31,6 +31,8 @@ class FakeRenderer:
     """Row keys that come out as NaN."""
     raising: tuple[str, ...] = ()
     """Row keys that raise ValueError."""
+    breaking: tuple[str, ...] = ()
+    """Row keys after which the process renders nothing but errors (a broken CUDA context)."""
     largest: int = 1 << 30
     """A larger micro-batch is out of memory."""
     sick_file: str = ""
@@ -41,7 +43,7 @@ class FakeRenderer:
     """File that gets one line a rendered row: key and process id."""
 
     def __post_init__(self) -> None:
-        self.sick = False
+        self.sick = self.context_lost = False
         if self.sick_file:
             try:
                 with open(self.sick_file, "x") as f:
@@ -59,6 +61,10 @@ class FakeRenderer:
         images = np.zeros((micro_batch, self.channels, self.size, self.size), np.float32)
         if self.sick:
             return images * np.nan
+        if any(row is not None and row.key in self.breaking for row in rows):
+            self.context_lost = True
+        if self.context_lost:
+            raise RuntimeError("device-side assert triggered")
         time.sleep(self.seconds_a_row * micro_batch)
         for i, row in enumerate(rows):
             if row is None:

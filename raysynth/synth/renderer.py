@@ -77,12 +77,24 @@ CANARY = Row(key="canary", seed=noise_seed(0, "canary", 0))
 
 
 def canary_fault(renderer: Renderer, micro_batch: int) -> str | None:
-    """Renders one unconditional row. Why this renderer is unfit for work, or None."""
-    try:
-        image = renderer.render([CANARY] + [None] * (micro_batch - 1), micro_batch)[0]
-    except Exception as error:  # noqa: BLE001 - any error here means the worker is sick
-        return f"{type(error).__name__}: {error}"
-    return fault_in(image)
+    """Renders one unconditional row, in a smaller micro-batch where memory is short. Why this renderer is unfit for
+    work, or None."""
+    while True:
+        try:
+            return fault_in(renderer.render([CANARY] + [None] * (micro_batch - 1), micro_batch)[0])
+        except Exception as error:  # noqa: BLE001 - any error here means the worker is sick
+            if not is_out_of_memory(error) or micro_batch == 1:
+                return f"{type(error).__name__}: {error}"
+            micro_batch //= 2
+        release_memory(renderer)
+
+
+def release_memory(renderer: Renderer) -> None:
+    """Lets the renderer drop cached memory after it ran out; outside the except clause, whose traceback keeps the
+    failed batch's tensors alive."""
+    release = getattr(renderer, "release_memory", None)
+    if release:
+        release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

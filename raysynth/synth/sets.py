@@ -4,7 +4,7 @@
       set.json                     what makes pixels: weights, sampler, steps, guidance, seed, render version
       render.json                  micro-batch, device, versions: byte equality is promised under one of these
       waves/00000.json             which rows, cut into which shards; created if absent, never changed
-      waves/rows-<sha12>.parquet   the rows, one row group a shard
+      waves/rows-<sha12>.parquet   the rows, in rendering order
       attempts/00012/0.json ...    who began to render shard 12 (see `attempts.py`)
       parts/00012-<sha12>.parquet  images; the name is the content
       done/00012.json              the marker that makes a part part of the set
@@ -32,6 +32,7 @@ from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 
 FOLDER = "synthetic-sets"
+ROW_GROUP = 8192  # a shard's rows are read without the wave's; a footer of a million rows stays small
 _THREADS = 16  # concurrent small requests; S3 answers each in tens of milliseconds
 
 
@@ -52,11 +53,20 @@ class Wave:
         return range(self.first_shard, self.first_shard + len(self.shard_rows))
 
 
+def is_content(name: str, data: bytes) -> bool:
+    """Whether `data` is what a content-named part promises."""
+    return name.rpartition("-")[2] == f"{sha256_bytes(data)[:12]}.parquet"
+
+
 class SyntheticSet:
     """Handle on one synthetic set. Picklable; opens storage where it is used."""
 
     def __init__(self, storage: Storage, name: str, identity: dict[str, Any]) -> None:
         self.storage, self.name, self.identity = storage, name, identity
+        self._footers: dict[str, pq.FileMetaData] = {}
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.storage, self.name, self.identity)
 
     @classmethod
     def open(cls, storage: Storage, folder: str) -> SyntheticSet:
@@ -102,6 +112,10 @@ class SyntheticSet:
                 found.append(Wave(number, w["rows"], w["first_shard"], tuple(w["shard_rows"]), w["why"]))
         return found
 
+    def announce(self) -> None:
+        """Writes `set.json`, before anything else of the set."""
+        self.storage.create(self.file("set.json"), canonical_json(self.identity).encode())
+
     def add_wave(self, waves: Sequence[Wave], rows: pa.Table, shard_rows: Sequence[int], why: str) -> Wave | None:
         """Freezes a new wave behind `waves`. None if another driver added one first: look again.
 
@@ -109,8 +123,9 @@ class SyntheticSet:
             rows: plan rows plus `attempt`, in rendering order.
             shard_rows: rows of each shard; they add up to the table.
         """
-        self.storage.create(self.file("set.json"), canonical_json(self.identity).encode())
-        data = to_parquet(rows, row_groups=shard_rows)
+        self.announce()
+        groups = [min(ROW_GROUP, rows.num_rows - at) for at in range(0, rows.num_rows, ROW_GROUP)]
+        data = to_parquet(rows, groups)
         name = f"waves/rows-{sha256_bytes(data)[:12]}.parquet"
         self.storage.put(self.file(name), data)
         first = waves[-1].shards.stop if waves else 0
@@ -125,9 +140,14 @@ class SyntheticSet:
         return table.add_column(0, "shard", pa.array(shards, pa.int64()))
 
     def shard_rows(self, wave: Wave, shard: int) -> pa.Table:
-        """The frozen rows of one shard; reads that row group only."""
+        """The frozen rows of one shard; reads the row groups that hold them only."""
+        first = sum(wave.shard_rows[: shard - wave.first_shard])
+        count = wave.shard_rows[shard - wave.first_shard]
         with self.storage.open(self.file(wave.rows)) as f:
-            return pq.ParquetFile(f).read_row_group(shard - wave.first_shard)
+            file = pq.ParquetFile(f, metadata=self._footers.get(wave.rows))
+            self._footers[wave.rows] = file.metadata
+            groups = list(range(first // ROW_GROUP, (first + count - 1) // ROW_GROUP + 1))
+            return file.read_row_groups(groups).slice(first - groups[0] * ROW_GROUP, count).combine_chunks()
 
     def done(self) -> set[int]:
         """Shards whose marker is there and which are not void: listings of names, however large the set."""
@@ -175,14 +195,17 @@ class SyntheticSet:
         table["done"] = table["shard"].isin(done)
         return table
 
-    def index(self) -> pd.DataFrame:
+    def index(self, markers: dict[int, dict[str, Any]] | None = None) -> pd.DataFrame:
         """Where each row's image is: `row_key, attempt, shard, place, part, status, reason`, one row a key.
 
         A row in several waves is ok if it is ok in any; otherwise its latest record counts.
+
+        Args:
+            markers: of every done shard, where the caller has read them.
         """
         rows = self.rows()
         rows = rows[rows["done"].astype(bool)]
-        markers = self.markers(rows["shard"].unique())
+        markers = self.markers(rows["shard"].unique()) if markers is None else markers
         rows = rows.assign(part=rows["shard"].map({s: m["part"] for s, m in markers.items()}))
         bad = [
             (shard, int(place), status, reason)

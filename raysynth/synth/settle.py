@@ -1,7 +1,8 @@
 """`render.json`: how a synthetic set is rendered, settled once by the first renderer and obeyed ever after.
 
-Byte equality is promised under one render.json, so later renderers take its micro-batch and threads, and refuse to
-work where the device or a library differs, unless told that pixels may differ within tolerance.
+Byte equality is promised under one render.json, so later renderers take its micro-batch (their driver hands them its
+threads), and refuse to work where the device or a library differs, unless told that pixels may differ within
+tolerance; each marker names the facts its shard was rendered under.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.core.identity import fp12
 from raysynth.synth.renderer import CANARY, Renderer, SickWorker, canary_fault, is_out_of_memory
 from raysynth.synth.sets import SyntheticSet
 
@@ -27,11 +27,6 @@ class Settled:
     micro_batch: int
     rows_per_s: float
     facts: dict[str, Any]
-
-    @property
-    def fp(self) -> str:
-        """Name of these facts, recorded with what was rendered under them."""
-        return fp12({"micro_batch": self.micro_batch, "facts": self.facts})
 
 
 def read_settled(store: SyntheticSet) -> Settled | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysynth.core.identity import sha256_bytes
+from raysynth.core.identity import fp12, sha256_bytes
 from raysynth.core.schemas import (
     ATTRIBUTE,
     LABEL,
@@ -26,7 +26,7 @@ from raysynth.core.schemas import (
     to_parquet,
 )
 from raysynth.data.images import encode_png, pixel_sha256
-from raysynth.synth.attempts import Attempt
+from raysynth.synth.attempts import Attempt, History
 from raysynth.synth.renderer import (
     Renderer,
     Row,
@@ -35,9 +35,10 @@ from raysynth.synth.renderer import (
     fault_in,
     is_out_of_memory,
     noise_seed,
+    release_memory,
     to_uint8,
 )
-from raysynth.synth.sets import SyntheticSet, Wave
+from raysynth.synth.sets import SyntheticSet, Wave, is_content
 
 MODES_FROM_PIXELS = ("img2img", "inpaint", "outpaint")
 IDENTITY_COLUMNS = ("generator_id", "sampler", "steps", "guidance_scale", "guidance_rescale")
@@ -65,6 +66,14 @@ class Rendered:
     """place -> reason."""
 
 
+@dataclass(frozen=True)
+class FirstOpinion:
+    """A shard as one actor rendered it, some of whose rows failed there."""
+
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
 class ShardRunner:
     """One per render process. `run` may be called from two threads: the lock keeps the device to one of them, so
     that loading, encoding and committing of one shard overlap the rendering of the next."""
@@ -76,6 +85,7 @@ class ShardRunner:
         """
         self.store, self.renderer, self.micro_batch = store, renderer, micro_batch
         self.constants = {name: store.identity[name] for name in IDENTITY_COLUMNS}
+        self.facts = fp12(renderer.facts())
         self.actor = uuid.uuid4().hex[:12]
         self.device = threading.Lock()
         self.shards_run = 0
@@ -96,21 +106,36 @@ class ShardRunner:
             return self._statistics("already", shard, timing, [])
         table = self.store.shard_rows(wave, shard)
         rows = self._rows(table)
-        timing.load = time.perf_counter() - began
         attempt = Attempt(self.store, shard, self.actor)
-        earlier = attempt.history.failures
-        if earlier and earlier["actor"] == self.actor:
+        earlier = self._first_opinion(attempt.history)
+        timing.load = time.perf_counter() - began
+        if earlier and earlier.record["actor"] == self.actor:
             return self._statistics("second opinion", shard, timing, [])
+        try:
+            return self._run(shard, table, rows, attempt, earlier, timing)
+        except SickWorker:
+            raise
+        except Exception as error:
+            attempt.end("error", error=f"{type(error).__name__}: {error}"[:300])
+            raise
+
+    def _run(
+        self,
+        shard: int,
+        table: pa.Table,
+        rows: list[Row],
+        attempt: Attempt,
+        earlier: FirstOpinion | None,
+        timing: Timing,
+    ) -> dict[str, Any]:
         with self.device:
-            attempt.begin()
             began = time.perf_counter()
+            attempt.begin()
             try:
-                self._check_health(attempt)
-                only = {int(p) for p in earlier["failed"]} if earlier else set(range(len(rows)))
-                micro_batch = earlier["micro_batch"] if earlier else self.micro_batch
+                self._periodic_canary(attempt)
+                only = {int(p) for p in earlier.record["failed"]} if earlier else set(range(len(rows)))
+                micro_batch = earlier.record["micro_batch"] if earlier else self.micro_batch
                 done, micro_batch = self._render(rows, only, micro_batch, attempt)
-                if done.failed:
-                    self._check_health(attempt, now=True)
             finally:
                 timing.render = time.perf_counter() - began
         began = time.perf_counter()
@@ -120,12 +145,11 @@ class ShardRunner:
         began = time.perf_counter()
         name = self.store.put_part(shard, data)
         statuses = part.column("status").to_pylist()
-        if done.failed and not earlier:
-            deadly = attempt.history.quarantined
-            if set(done.failed) - deadly:
-                failed = {str(p): r for p, r in done.failed.items()}
-                attempt.end("rows failed", failed=failed, part=name, micro_batch=micro_batch)
-                return self._statistics("second opinion", shard, timing, [])
+        seconds = round(timing.render + (earlier.record["render_seconds"] if earlier else 0.0), 3)
+        if set(done.failed) - attempt.history.quarantined and not earlier:
+            failed = {str(p): r for p, r in done.failed.items()}
+            attempt.end("rows failed", failed=failed, part=name, micro_batch=micro_batch, render_seconds=seconds)
+            return self._statistics("second opinion", shard, timing, [])
         reasons = part.column("reason").to_pylist()
         marker = {
             "part": name, "sha256": sha256_bytes(data), "bytes": len(data), "rows": len(statuses),
@@ -133,7 +157,7 @@ class ShardRunner:
             "ok": statuses.count("ok"), "micro_batch": micro_batch,
             "failed": {str(i): reasons[i] for i, s in enumerate(statuses) if s == "failed"},
             "rejected": {str(i): reasons[i] for i, s in enumerate(statuses) if s == "rejected"},
-            "render_seconds": round(timing.render, 3), "finished": round(time.time(), 3), "actor": self.actor,
+            "render_seconds": seconds, "facts": self.facts, "finished": round(time.time(), 3), "actor": self.actor,
         }  # fmt: skip
         won = self.store.commit(shard, marker)
         timing.commit = time.perf_counter() - began
@@ -147,14 +171,34 @@ class ShardRunner:
             for r in table.to_pylist()
         ]
 
-    def _check_health(self, attempt: Attempt, now: bool = False) -> None:
-        due = self.shards_run > 0 and self.shards_run % CANARY_EVERY == 0
-        self.shards_run += not now
-        if due or now:
-            fault = canary_fault(self.renderer, self.micro_batch)
-            if fault:
+    def _first_opinion(self, history: History) -> FirstOpinion | None:
+        """What another actor rendered of this shard before rows failed there; None if that part is not intact."""
+        record = history.failures
+        if record is None:
+            return None
+        try:
+            data = self.store.part(record["part"])
+        except FileNotFoundError:
+            return None
+        return FirstOpinion(record, from_parquet(data).to_pylist()) if is_content(record["part"], data) else None
+
+    def _periodic_canary(self, attempt: Attempt) -> None:
+        if self.shards_run and self.shards_run % CANARY_EVERY == 0:
+            self._require_health(attempt)
+        self.shards_run += 1
+
+    def _require_health(self, attempt: Attempt, after_rows: bool = False) -> None:
+        """Raises SickWorker where the canary fails.
+
+        A worker that was well before these rows and is sick after them died of them, as far as anyone can tell: a
+        row that breaks the CUDA context leaves the process alive and of no use. That counts as a death, so that the
+        row is found; a worker that is sick anyway ends without a stain on the rows.
+        """
+        fault = canary_fault(self.renderer, self.micro_batch)
+        if fault:
+            if not after_rows:
                 attempt.end("worker is sick", canary=fault)
-                raise SickWorker(fault)
+            raise SickWorker(fault)
 
     def _render(
         self, rows: list[Row], only: set[int], micro_batch: int, attempt: Attempt
@@ -169,20 +213,33 @@ class ShardRunner:
                     for place in set(places) & attempt.history.quarantined:
                         done.failed[place] = "the process died twice while rendering this row alone"
                     for group in attempt.history.groups(places):
-                        if attempt.history.careful:
-                            attempt.step(group)
-                        self._micro_batch(rows, start, group, micro_batch, done)
+                        self._group(rows, start, group, micro_batch, done, attempt)
                 if attempt.history.careful:
                     attempt.step([])
+                elif done.failed:
+                    self._require_health(attempt, after_rows=True)
                 return done, micro_batch
             except Exception as error:
                 if not is_out_of_memory(error) or micro_batch == 1:
                     raise
                 micro_batch //= 2
-            # Outside the except clause: a live traceback would keep the failed batch's tensors.
-            release = getattr(self.renderer, "release_memory", None)
-            if release:
-                release()
+            release_memory(self.renderer)
+
+    def _group(
+        self, rows: list[Row], start: int, group: list[int], micro_batch: int, done: Rendered, attempt: Attempt
+    ) -> None:
+        """Renders some places of one micro-batch; in careful mode the worker is proven well before and after."""
+        if not attempt.history.careful:
+            self._micro_batch(rows, start, group, micro_batch, done)
+            return
+        suspects = attempt.history.steps and set(group) <= set(attempt.history.steps[-1])
+        if suspects:
+            attempt.step([])
+            self._require_health(attempt)
+        attempt.step(group)
+        self._micro_batch(rows, start, group, micro_batch, done)
+        if set(group) & set(done.failed):
+            self._require_health(attempt, after_rows=True)
 
     def _micro_batch(self, rows: list[Row], start: int, places: list[int], micro_batch: int, done: Rendered) -> None:
         """Renders `places` at their fixed positions; bisects on an error until the guilty rows stand alone."""
@@ -208,14 +265,13 @@ class ShardRunner:
             else:
                 done.images[p] = to_uint8(images[p - start])
 
-    def _part(self, table: pa.Table, done: Rendered, earlier: dict[str, Any] | None) -> pa.Table:
+    def _part(self, table: pa.Table, done: Rendered, earlier: FirstOpinion | None) -> pa.Table:
         """The shard's rows as a synthetic table. With an earlier actor's part, its good rows are kept as they are."""
         schema = synthetic_schema(label_names(table.schema), attribute_names(table.schema))
-        before = from_parquet(self.store.part(earlier["part"])).to_pylist() if earlier else None
         filled = []
         for place, row in enumerate(table.to_pylist()):
-            if before is not None and place not in done.images and place not in done.failed:
-                filled.append(before[place])
+            if earlier and place not in done.images and place not in done.failed:
+                filled.append(earlier.rows[place])
                 continue
             seed = noise_seed(self.store.identity["seed"], row["row_key"], row["attempt"])
             row |= self.constants | {"seed": seed, "derived_from_real": row["mode"] in MODES_FROM_PIXELS}

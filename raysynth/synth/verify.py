@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 
@@ -57,11 +58,8 @@ class Verdict:
         return text
 
 
-def shard_fault(store: SyntheticSet, wave: Wave, shard: int) -> str | None:
+def shard_fault(store: SyntheticSet, wave: Wave, shard: int, marker: dict[str, Any]) -> str | None:
     """What is wrong with a committed shard, or None: part, row keys and every image are checked."""
-    marker = store.marker(shard)
-    if marker is None:
-        return "marker is gone"
     try:
         data = store.part(marker["part"])
     except FileNotFoundError:
@@ -93,17 +91,18 @@ def verify(
     rows = rows[rows["done"].astype(bool)]
     where = {shard: wave for wave in store.waves() for shard in wave.shards}
     shards = sorted(set(rows["shard"]))
+    markers = store.markers(shards)
 
     def look(shard: int) -> str | None:
         try:
-            return shard_fault(store, where[shard], shard)
+            return shard_fault(store, where[shard], shard, markers[shard])
         finally:
             advance(1)
 
     with ThreadPoolExecutor(threads) as pool:
         faults = dict(zip(shards, pool.map(look, shards)))
     verdict = Verdict(wanted=wanted.num_rows, corrupt={s: f for s, f in faults.items() if f})
-    index = store.index()
+    index = store.index(markers)
     intact = index[~index["shard"].isin(list(verdict.corrupt))]
     keys = wanted.column("row_key").to_pandas()
     held = intact[intact["row_key"].isin(keys)]
@@ -112,7 +111,7 @@ def verify(
     )
     verdict.missing = keys[~keys.isin(held["row_key"])].tolist()
     verdict.unwanted = len(intact) - len(held)
-    bad = {(s, int(p)) for s, m in store.markers(shards).items() for k in ("failed", "rejected") for p in m[k]}
+    bad = {(s, int(p)) for s, m in markers.items() for k in ("failed", "rejected") for p in m[k]}
     fine = rows if not bad else rows[[(s, p) not in bad for s, p in zip(rows["shard"], rows["place"])]]
     verdict.duplicate = sorted(fine.loc[fine["row_key"].duplicated(), "row_key"].unique())
     verdict.extra = orphans(store, older_than_s=0)
@@ -120,16 +119,14 @@ def verify(
 
 
 def orphans(store: SyntheticSet, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
-    """Parts no marker or waiting attempt names, and rows files no wave names; at least so old."""
-    done = store._numbers("done")
+    """Parts that no valid marker or waiting attempt names, and rows files no wave names; at least so old."""
+    done = store.done()
     named = {m["part"] for m in store.markers(done).values()} | {w.rows for w in store.waves()}
     prefix = len(store.path) + 1
+    settled = done | store.void()
     for entry in store.storage.list(store.file("attempts")):
-        if entry.path.endswith(".end.json"):
-            part = (store.get_json(entry.path[prefix:]) or {}).get("part")
-            shard = int(entry.path.split("/")[-2])
-            if part and shard not in done:
-                named.add(part)
+        if entry.path.endswith(".end.json") and int(entry.path.split("/")[-2]) not in settled:
+            named.add((store.get_json(entry.path[prefix:]) or {}).get("part"))
     limit = time.time() - older_than_s
     files = [*store.storage.list(store.file("parts")), *store.storage.list(store.file("waves"))]
     return [

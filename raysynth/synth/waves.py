@@ -42,6 +42,12 @@ def cut(rows: pa.Table, size: int) -> list[int]:
     return lengths
 
 
+def failed_rows(store: SyntheticSet) -> list[str]:
+    """Keys of the rows whose newest record is a failure."""
+    index = store.index()
+    return index.loc[index["status"] == "failed", "row_key"].tolist()
+
+
 def missing(wanted: pa.Table, known: pd.DataFrame, reopen: Sequence[str] = ()) -> pa.Table:
     """Wanted rows that are neither committed nor frozen, in rank order; `reopen` names rows to render once more."""
     have = known["row_key"]
@@ -52,15 +58,19 @@ def missing(wanted: pa.Table, known: pd.DataFrame, reopen: Sequence[str] = ()) -
 
 
 def extend(
-    store: SyntheticSet, wanted: pa.Table, shard_size: int, why: str, reopen: Sequence[str] = ()
+    store: SyntheticSet, wanted: pa.Table, shard_size: int, why: str, retry_failed: bool = False
 ) -> Wave | None:
     """Adds a wave with whatever is missing; None if nothing is.
 
     Two drivers may call this at once: the loser of the race looks again and finds less missing.
+
+    Args:
+        retry_failed: rows recorded as failed are missing too.
     """
     for _ in range(100):
         waves = store.waves()
-        rows = missing(wanted, store.rows(), reopen)
+        known = store.rows()
+        rows = missing(wanted, known, failed_rows(store) if retry_failed else ())
         if rows.num_rows == 0:
             return None
         rows = rows.append_column("attempt", pa.array(np.zeros(rows.num_rows, np.int32)))

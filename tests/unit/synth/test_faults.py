@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from raysynth.synth.attempts import Attempt, History
 from raysynth.synth.fake import FakeRenderer
-from raysynth.synth.renderer import SickWorker
+from raysynth.synth.renderer import SickWorker, canary_fault
 from raysynth.synth.shards import ShardRunner
 from raysynth.synth.verify import verify
 from raysynth.synth.waves import extend, pending
@@ -59,20 +60,23 @@ def test_retry_failed_reopens_with_the_same_noise(tmp_path: Path, reference: dic
     store = synthetic_set(str(tmp_path / "set"))
     render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)))
     assert list(statuses(str(tmp_path / "set"))) == [KEYS[5]]
-    render_all(store, wanted_rows(), FakeRenderer(), reopen=[KEYS[5]])
+    render_all(store, wanted_rows(), FakeRenderer(), retry_failed=True)
     assert images(store) == reference
     assert verify(store, wanted_rows()).clean
 
 
-def one_process(root: str, deadly: tuple[str, ...]) -> None:
-    render_all(synthetic_set(root), wanted_rows(), FakeRenderer(deadly=deadly))
+def one_process(root: str, faults: dict[str, tuple[str, ...]]) -> None:
+    try:
+        render_all(synthetic_set(root), wanted_rows(), FakeRenderer(**faults))
+    except SickWorker:
+        os._exit(1)  # as the render actor does
 
 
-def run_until_done(root: str, deadly: tuple[str, ...], limit: int = 40) -> int:
+def run_until_done(root: str, limit: int = 40, **faults: tuple[str, ...]) -> int:
     """Starts processes until one ends well, as Ray restarts actors; returns how many died."""
     context = multiprocessing.get_context("fork")
     for died in range(limit):
-        process = context.Process(target=one_process, args=(root, deadly))
+        process = context.Process(target=one_process, args=(root, faults))
         process.start()
         process.join(60)
         if process.exitcode == 0:
@@ -80,13 +84,15 @@ def run_until_done(root: str, deadly: tuple[str, ...], limit: int = 40) -> int:
     pytest.fail(f"still dying after {limit} processes")
 
 
+@pytest.mark.parametrize("fault", ["deadly", "breaking"])
 @pytest.mark.parametrize("places", [(9,), (8, 11), (9, 10, 30)], ids=["one", "two in a batch", "three"])
 def test_a_deadly_row_is_quarantined_and_no_innocent_fails(
-    tmp_path: Path, reference: dict, places: tuple[int, ...]
+    tmp_path: Path, reference: dict, places: tuple[int, ...], fault: str
 ) -> None:
+    """Deadly: the process ends. Breaking: it lives on with a device that renders nothing any more."""
     root = str(tmp_path / "set")
     bad = tuple(KEYS[p] for p in places)
-    died = run_until_done(root, bad)
+    died = run_until_done(root, **{fault: bad})
     failed = statuses(root)
     assert set(failed) == set(bad)
     assert all("died twice" in r for _, r in failed.values())
@@ -115,9 +121,54 @@ def test_a_sick_worker_judges_no_row(tmp_path: Path, reference: dict) -> None:
         with pytest.raises(SickWorker):
             sick.run(wave, shard)
     assert len(pending(store, wanted_rows())) == 5
-    assert Attempt(store, 0, "next").history.deaths == 0  # the worker was at fault, and said so
+    assert statuses(str(tmp_path / "set")) == {}
+    assert not Attempt(store, 0, "next").history.careful
     render_all(store, wanted_rows(), FakeRenderer())
     assert images(store) == reference
+
+
+def test_a_lost_first_opinion_is_rendered_again(tmp_path: Path, reference: dict) -> None:
+    """The part that waits for a second actor is deleted or changed: the shard starts anew instead of blocking."""
+    for damage in (lambda s, f: s.delete(f), lambda s, f: s.put(f, s.get(f)[:-9])):
+        store = synthetic_set(str(tmp_path / f"set{id(damage)}"))
+        render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)), rounds=1)
+        failures = Attempt(store, 0, "next").history.failures
+        assert failures is not None
+        damage(store.storage, store.file(failures["part"]))
+        render_all(store, wanted_rows(), FakeRenderer())
+        assert images(store) == reference
+
+
+def test_render_seconds_count_both_opinions(tmp_path: Path) -> None:
+    store = synthetic_set(str(tmp_path / "set"))
+    render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],), seconds_a_row=0.02))
+    seconds = {s: m["render_seconds"] for s, m in store.markers(store.done()).items()}
+    assert seconds[0] > seconds[1] > 0.1  # shard 0 holds the broken row and was begun twice
+
+
+def test_a_canary_that_runs_out_of_memory_tries_smaller() -> None:
+    assert canary_fault(FakeRenderer(largest=4), 64) is None
+    assert "out of memory" in (canary_fault(FakeRenderer(largest=0), 64) or "")
+
+
+def test_two_drivers_retrying_failed_rows_render_them_once(tmp_path: Path) -> None:
+    store = synthetic_set(str(tmp_path / "set"))
+    render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)))
+    create = store.storage.create
+    raced = []
+
+    def overtaken(path: str, data: bytes) -> bool:
+        if "/waves/" in path and not raced:
+            raced.append(path)
+            render_all(synthetic_set(str(tmp_path / "set")), wanted_rows(), FakeRenderer(), retry_failed=True)
+        return create(path, data)
+
+    store.storage.create = overtaken  # type: ignore[method-assign]
+    render_all(store, wanted_rows(), FakeRenderer(), retry_failed=True)
+    assert raced
+    verdict = verify(store, wanted_rows())
+    assert verdict.clean
+    assert verdict.ok == 36
 
 
 def test_a_row_alone_and_in_a_batch(tmp_path: Path, reference: dict) -> None:
@@ -137,6 +188,8 @@ def test_bisection_narrows_with_every_death() -> None:
     assert history((0, 1, 2, 3)).groups(places) == [[0, 1], [2, 3]]
     assert history((2, 3)).groups(places) == [[2], [3], [0, 1]]
     assert history((2,)).groups(places) == [[2], [0, 1, 3]]
-    assert history((2,), (2,)).groups(places) == [[0, 1, 3]]
-    assert history((2,), (2,)).quarantined == {2}
-    assert history((2,), (2,), (0, 1, 3)).groups(places) == [[0], [1, 3]]
+    assert history((2, 3), (2,), (2,)).groups(places) == [[0, 1, 3]]
+    assert history((2, 3), (2,), (2,)).quarantined == {2}
+    assert history((2, 3), (2,), (2,), (0, 1, 3)).groups(places) == [[0], [1, 3]]
+    # Two machines that happened to die at the same row, never suspected before, convict nobody.
+    assert history((2,), (2,)).quarantined == set()
