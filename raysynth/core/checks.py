@@ -7,12 +7,13 @@ remedy.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
 
 from raysynth.core.errors import ConfigError
-from raysynth.core.experiment import Experiment, resolve_generator
+from raysynth.core.experiment import Experiment, Generator, resolve_generator
 
 
 def _require(ok: bool, key: str, got: Any, allowed: str, remedy: str = "") -> None:
@@ -26,10 +27,28 @@ def check(e: Experiment) -> None:
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", e.name) is not None, "name", e.name,
         "letters, digits, dash, underscore", "It names folders.",
     )  # fmt: skip
+    _check_finite(e, "")
     _check_data(e)
     _check_generator(e)
     _check_plan(e)
     _check_compute(e)
+
+
+def _check_finite(value: Any, key: str) -> None:
+    """No number anywhere is .nan or .inf: comparisons let them through."""
+    if isinstance(value, float):
+        _require(math.isfinite(value), key, value, "a finite number")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            _check_finite(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_finite(item, f"{key}.{name}")
+
+
+def _check_seed(key: str, seed: int) -> None:
+    # What numpy's and torch's generators both take.
+    _require(0 <= seed < 2**63, key, seed, "0 to 2^63 - 1")
 
 
 def _check_data(e: Experiment) -> None:
@@ -70,6 +89,7 @@ def _check_data(e: Experiment) -> None:
     s = d.split
     for key, share in (("val", s.val), ("test", s.test)):
         _require(0 <= share < 1, f"data.split.{key}", share, "a fraction in [0, 1)")
+    _check_seed("data.split.seed", s.seed)
     both = s.val + s.test
     _require(both < 1, "data.split", both, "val + test < 1", "Nothing is left to train on.")
     _require(0 <= s.hash_distance <= 10, "data.split.hash_distance", s.hash_distance, "0 to 10 bits of 64")
@@ -82,13 +102,18 @@ def _check_data(e: Experiment) -> None:
     )  # fmt: skip
     _require(t.n_per_class is None or t.n_per_class >= 1, "training_set.n_per_class", t.n_per_class, ">= 1")
     _require(t.fraction is None or 0 < t.fraction <= 1, "training_set.fraction", t.fraction, "in (0, 1]")
+    _check_seed("training_set.seed", t.seed)
 
 
 def _check_generator(e: Experiment) -> None:
     g = resolve_generator(e.generator, e.data.image)
     size, multipliers = g.size or 0, g.channel_multipliers or []
-    shrink = 2 ** (len(multipliers) - 1)
     _require(bool(multipliers), "generator.channel_multipliers", multipliers, "at least one level")
+    _require(min(multipliers) >= 1, "generator.channel_multipliers", multipliers, ">= 1 each")
+    for key, least in (("size", 1), ("res_blocks", 1), ("heads", 1), ("base_channels", 8)):
+        _require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
+    _check_numbers(g)
+    shrink = 2 ** (len(multipliers) - 1)
     _require(
         size % shrink == 0, "generator.size", size, f"a multiple of {shrink} for {len(multipliers)} levels",
         f"Use {max(1, round(size / shrink)) * shrink}, or fewer generator.channel_multipliers.",
@@ -122,17 +147,24 @@ def _check_generator(e: Experiment) -> None:
         not (g.flip and e.data.image.preset == "chest"), "generator.flip", True, "false for chest films",
         "A mirrored chest film shows situs inversus.",
     )  # fmt: skip
-    for key in ("timesteps", "batch_size", "steps"):
-        _require(getattr(g, key) >= 1, f"generator.{key}", getattr(g, key), ">= 1")
-    _require(0 <= g.ema_decay < 1, "generator.ema_decay", g.ema_decay, "in [0, 1)")
-    _require(0 <= g.condition_dropout < 1, "generator.condition_dropout", g.condition_dropout, "in [0, 1)")
     t = e.training_set
     _require(
         g.train_on != "donor" or t.n_per_class is not None or (t.fraction or 1) < 1,
         "generator.train_on", "donor", "train or classifier_subset where the classifier has all of train",
         "Set training_set.n_per_class or training_set.fraction to leave patients for the generator.",
     )  # fmt: skip
-    _require(g.lr > 0, "generator.lr", g.lr, "> 0")
+
+
+def _check_numbers(g: Generator) -> None:
+    """Values that train nothing, or that torch would refuse much later."""
+    for key, least in (("timesteps", 2), ("batch_size", 1), ("steps", 1), ("warmup_steps", 0), ("weight_decay", 0)):
+        _require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
+    for key in ("lr", "grad_clip", "min_snr_gamma"):
+        value = getattr(g, key)
+        _require(value is None or value > 0, f"generator.{key}", value, "> 0")
+    for key in ("ema_decay", "condition_dropout", "dropout"):
+        _require(0 <= getattr(g, key) < 1, f"generator.{key}", getattr(g, key), "in [0, 1)")
+    _check_seed("generator.seed", g.seed)
 
 
 def _check_plan(e: Experiment) -> None:
@@ -144,6 +176,7 @@ def _check_plan(e: Experiment) -> None:
         p.kind == "balanced" or p.ratio is None or p.ratio <= p.replicas, "plan.ratio", p.ratio,
         f"at most plan.replicas ({p.replicas})", f"Set plan.replicas={math.ceil(p.ratio or 0)}.",
     )  # fmt: skip
+    _check_seed("plan.seed", p.seed)
     for name, most in p.quota.items():
         _require(most >= 0, f"plan.quota.{name}", most, ">= 0")
     _require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,31 @@ def test_wrong_overrides(word: str, text: str) -> None:
 )  # fmt: skip
 def test_contradictions(content: dict[str, Any], text: str) -> None:
     assert text in refused(content)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("generator", "grad_clip", 0.0), ("generator", "grad_clip", -1.0), ("generator", "min_snr_gamma", 0.0),
+        ("generator", "lr", math.inf), ("generator", "lr", math.nan), ("generator", "lr", 0.0),
+        ("generator", "dropout", 1.0), ("generator", "dropout", -0.1), ("generator", "res_blocks", 0),
+        ("generator", "base_channels", 0), ("generator", "base_channels", -8), ("generator", "heads", 0),
+        ("generator", "size", 0), ("generator", "channel_multipliers", [1, 0]), ("generator", "weight_decay", -1.0),
+        ("generator", "warmup_steps", -1), ("generator", "timesteps", 1), ("generator", "seed", -1),
+        ("generator", "seed", 2**63), ("training_set", "seed", -1), ("plan", "seed", -1),
+        ("plan", "targets.label=a", math.inf), ("data.split", "seed", -1), ("sampling", "eta", math.nan),
+        ("compute", "shard_seconds", math.inf), ("compute", "price_per_gpu_hour", math.nan),
+    ],
+)  # fmt: skip
+def test_values_that_train_nothing_or_end_in_a_traceback(section: str, key: str, value: Any) -> None:
+    content: dict[str, Any] = {key: value}
+    if "." in key:
+        content = {key.partition(".")[0]: {key.partition(".")[2]: value}}
+    for name in reversed(section.split(".")):
+        content = {name: content}
+    if "data" in content:
+        content["data"] |= MINIMAL["data"]
+    assert f"{section}.{key}: got {value!r}, must be " in refused(content)
 
 
 def test_files_and_overrides(tmp_path: Path) -> None:
