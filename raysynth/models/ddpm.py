@@ -81,7 +81,8 @@ class DDPMTraining:
         unet = build_unet(generator, len(null), channels).to(self.device)
         # Channels last is 10 to 25 % faster on a CPU, and what convolutions want on a GPU.
         self.unet: torch.nn.Module = unet.to(memory_format=torch.channels_last)
-        self.ema = make_ema(self.unet, generator.ema_decay)
+        # The average is only ever sampled from and exported: without dropout.
+        self.ema = make_ema(self.unet, generator.ema_decay).eval()
         self.optimizer = make_optimizer(generator, self.unet.parameters())
         half = PRECISIONS.get(generator.precision) if self.device.type == "cuda" else None
         self.half = half

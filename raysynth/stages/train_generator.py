@@ -31,7 +31,7 @@ from raysynth.stages.training_log import TrainingLog
 from raysynth.stages.views import build_view
 
 STAGE = "train-generator"
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 WORKER_FAILURES = 3
 """Times that Ray Train restarts the workers from the last checkpoint."""
 

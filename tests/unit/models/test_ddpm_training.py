@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from raysynth.models.ddpm import DDPMTraining, draw
+from raysynth.stages.training_loop import sample_grid
 from tests.generators import BATCH, NULL, batch, small
 
 
@@ -125,3 +126,23 @@ def test_loss_is_the_formula() -> None:
         predicted = training.unet(noisy, draws.timesteps, None, class_labels=told).sample  # type: ignore[operator]
         loss = training.loss(images, conditions, np.arange(BATCH))
     torch.testing.assert_close(loss, (predicted - v).square().mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e6])
+def test_gradients_are_clipped_to_their_norm(clip: float) -> None:
+    training = DDPMTraining(small(grad_clip=clip), NULL, 1)
+    training.accumulate(*batch(0), np.arange(BATCH), 1)
+    before = float(torch.nn.utils.get_total_norm([p.grad for p in training.unet.parameters() if p.grad is not None]))
+    assert 1e-2 < before < 1e3
+    training.update(*batch(0), np.arange(BATCH))
+    after = float(torch.nn.utils.get_total_norm([p.grad for p in training.unet.parameters() if p.grad is not None]))
+    assert after == pytest.approx(min(before, clip), rel=1e-3)
+
+
+def test_the_moving_average_is_sampled_without_dropout() -> None:
+    training = DDPMTraining(small(dropout=0.1), NULL, 1)
+    conditions = batch(0)[1][:2]
+    assert sample_grid(training, conditions, NULL) == sample_grid(training, conditions, NULL)
+    training.update(*batch(0), np.arange(BATCH))
+    assert training.unet.training
+    assert not any(module.training for module in training.ema.module.modules())

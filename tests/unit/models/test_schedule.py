@@ -79,3 +79,40 @@ def test_min_snr_weights_are_one_rule_on_the_images_error(prediction: Literal["v
 def test_epsilon_with_zero_terminal_snr_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"generator.prediction.*epsilon"):
         make_scheduler(Generator(prediction="epsilon"))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid"])
+@pytest.mark.parametrize("timesteps", [2, 5, 10, 50, 100, 250, 1000, 4000])
+def test_every_schedule_ends_near_noise_for_any_number_of_timesteps(schedule: Any, timesteps: int) -> None:
+    abar = make_scheduler(Generator(schedule=schedule, timesteps=timesteps, zero_terminal_snr=False)).alphas_cumprod
+    assert 0 < abar[-1] < 1e-2
+    assert (abar.diff() < 0).all()
+    rescaled = make_scheduler(Generator(schedule=schedule, timesteps=timesteps)).alphas_cumprod
+    assert rescaled[-1] == 0
+    assert rescaled.isfinite().all()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "sigmoid"])
+def test_another_number_of_timesteps_is_the_same_curve(schedule: Any) -> None:
+    fine, coarse = (
+        make_scheduler(Generator(schedule=schedule, timesteps=t, zero_terminal_snr=False)).alphas_cumprod
+        for t in (1000, 250)
+    )
+    torch.testing.assert_close(coarse, fine[3::4], rtol=0, atol=0.02)
+
+
+def test_timesteps_that_do_not_reach_noise_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"generator.timesteps: got 1, must be enough for a linear schedule"):
+        make_scheduler(Generator(schedule="linear", timesteps=1))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid"])
+def test_with_zero_terminal_snr_every_step_is_trained(schedule: Any, gamma: float) -> None:
+    scheduler = make_scheduler(Generator(schedule=schedule))
+    weights = loss_weights(scheduler, "v", gamma)
+    assert (weights > 0).all()
+    assert weights[-1] == pytest.approx(min(1.0, gamma))
+    abar = scheduler.alphas_cumprod.double()
+    # SNR + 1 = 1 / (1 - abar)
+    torch.testing.assert_close(weights.double(), (gamma * (1 - abar)).clamp(max=1.0), rtol=1e-5, atol=1e-7)
