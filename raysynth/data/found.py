@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from raysynth.core.errors import DataError
@@ -21,6 +22,8 @@ class Found:
 
     locations: list[str]
     uris: list[str]
+    """Where each image is, relative to the image folder (or the folder of the parquet files), so that a moved data
+    set is the same data set."""
     ids: list[str]
     annotations: Annotations
     digest: str
@@ -34,15 +37,15 @@ class Found:
     """(id, uri, reason) of files that are no row."""
 
 
-def listed(storage: Storage, folder: str, key: str) -> list[Entry]:
-    """Files below `folder` that are not hidden. Raises DataError where it cannot be read."""
+def listed(storage: Storage, folder: str, key: str, named: Collection[str] = ()) -> list[Entry]:
+    """Files below `folder` that are `named` or not hidden. Raises DataError where it cannot be read."""
     try:
         entries = storage.list(folder)
     except OSError as error:
         raise DataError(
             key, storage.url(folder), "a folder that can be read", f"The system says: {error.strerror or error}."
         ) from error
-    return [e for e in entries if not any(part.startswith(".") for part in e.path.split("/"))]
+    return [e for e in entries if e.path in named or not any(part.startswith(".") for part in e.path.split("/"))]
 
 
 def is_image(path: str) -> bool:

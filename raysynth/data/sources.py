@@ -1,8 +1,9 @@
 """Lists the real images of an experiment without reading one: a row an image, and what is left out and why.
 
 Kinds: csv (a table and a folder of images), class_folders (one folder a class, optionally below train/val/test),
-parquet (images or paths in the table) and scikit-learn's digits; local or s3://. The digest covers path, size and
-etag of every file, so that new data is seen. Knows no pixels: what only decoding can tell is found by the workers,
+parquet (images or paths in the table) and scikit-learn's digits; local or s3://. The digest covers size and etag of
+every image under its path below the image folder, and the table, so that new data is seen; where that folder is, and
+files that are no row, are no part of it. Knows no pixels: what only decoding can tell is found by the workers,
 who read through `reading.ImageReader`.
 """
 
@@ -35,7 +36,8 @@ class SourceListing:
     """What a source holds."""
 
     rows: pa.Table
-    """image_id, dataset, location, source_uri, site, patient, split, report, label_*, attr_*, in source order."""
+    """image_id, dataset, location, source_uri (relative to the image folder), site, patient, split, report, label_*,
+    attr_*, in source order."""
     classes: list[str]
     attributes: list[str]
     quarantined: pa.Table
@@ -140,9 +142,9 @@ def _from_folders(data: Data) -> Found:
         parts = entry.path.split("/")
         if not is_image(entry.path):
             if len(parts) > depth + 1:
-                extra.append((entry.path, storage.url(entry.path), NOT_IMAGE))
+                extra.append((entry.path, entry.path, NOT_IMAGE))
         elif len(parts) <= depth + 1:
-            extra.append((entry.path, storage.url(entry.path), "in no class folder"))
+            extra.append((entry.path, entry.path, "in no class folder"))
         else:
             images.append(entry)
     holders = [f"{t}/" for t in tops] if depth else [""]
@@ -156,8 +158,8 @@ def _from_folders(data: Data) -> Found:
     classes = list(data.labels.classes) or sorted(folders)
     named = [e.path.split("/")[depth] for e in images]
     found = Found(
-        [e.path for e in images], [storage.url(e.path) for e in images], [e.path for e in images],
-        parse_names(named, dataclasses.replace(data.labels, classes=classes)), digest(entries),
+        [e.path for e in images], [e.path for e in images], [e.path for e in images],
+        parse_names(named, dataclasses.replace(data.labels, classes=classes)), digest(images),
         split=[e.path.split("/")[0] for e in images] if depth else None, extra=extra,
     )  # fmt: skip
     found.bad = {row: LEAVES for row, e in enumerate(images) if link_leaves(storage, e.path)}

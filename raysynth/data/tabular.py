@@ -29,9 +29,8 @@ def from_csv(data: Data) -> Found:
     table = read_csv(raw, "data.path", data.path)
     for key, column in {"data.columns.file": data.columns.file, **_mapped(data)}.items():
         require_column(table.column_names, column, key)
-    paths, storage = text_column(table, data.columns.file), image_storage(data)
-    uris = [storage.url(p or "") for p in paths]
-    found = _tabular(data, table, paths, [p or "" for p in paths], uris)
+    paths = text_column(table, data.columns.file)
+    found = _tabular(data, table, paths, [p or "" for p in paths])
     return dataclasses.replace(found, digest=digest(_check_files(data, found, paths), ("table", sha256_bytes(raw))))
 
 
@@ -40,12 +39,9 @@ def from_parquet(data: Data) -> Found:
     storage, files = parquet_files(data.path)
     table, locations = read_parquet(storage, [e.path for e in files], _mapped(data), data.columns.file)
     if data.columns.file not in table.column_names:
-        return dataclasses.replace(
-            _tabular(data, table, list(locations), locations, [storage.url(p) for p in locations]),
-            digest=digest(files),
-        )
-    paths, images = text_column(table, data.columns.file), image_storage(data)
-    found = _tabular(data, table, paths, locations, [images.url(p or "") for p in paths])
+        return dataclasses.replace(_tabular(data, table, list(locations), locations), digest=digest(files))
+    paths = text_column(table, data.columns.file)
+    found = _tabular(data, table, paths, [p or "" for p in paths])
     return dataclasses.replace(found, digest=digest([*files, *_check_files(data, found, paths)]))
 
 
@@ -60,7 +56,7 @@ def _mapped(data: Data) -> dict[str, str]:
     }
 
 
-def _tabular(data: Data, table: pa.Table, paths: Cells, locations: list[str], uris: list[str]) -> Found:
+def _tabular(data: Data, table: pa.Table, paths: Cells, locations: list[str]) -> Found:
     c = data.columns
 
     def cells(column: str | None) -> Cells | None:
@@ -73,7 +69,7 @@ def _tabular(data: Data, table: pa.Table, paths: Cells, locations: list[str], ur
     )
     ids = [(v or "").strip() for v in (cells(c.id) or paths)]
     return Found(
-        locations, uris, ids, annotations, "", {k: text_column(table, v) for k, v in c.attributes.items()},
+        locations, list(locations), ids, annotations, "", {k: text_column(table, v) for k, v in c.attributes.items()},
         cells(c.site), cells(c.patient), cells(c.split), cells(c.report),
         {row: "no id" for row, v in enumerate(ids) if not v},
     )  # fmt: skip
@@ -85,12 +81,14 @@ def known_label(cell: str | None) -> str | None:
 
 
 def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
-    """Marks rows whose path leaves the folder or is not there, adds files without row; returns the files listed."""
+    """Marks rows whose path leaves the folder or is not there, adds files without row; returns the rows' files."""
     storage = image_storage(data)
     relative = [inside(storage, p.strip()) if p and p.strip() else "" for p in paths]
-    tops = {p.split("/")[0] if "/" in p else "" for p in relative if p}
+    named = {p for p in relative if p}
+    tops = {p.split("/")[0] if "/" in p else "" for p in named}
     # Only the folders that rows point into: artifacts may well lie beside the data.
-    entries = [e for top in ([""] if "" in tops else sorted(tops)) for e in listed(storage, top, "data.images")]
+    tops = {""} if "" in tops else tops
+    entries = [e for top in sorted(tops) for e in listed(storage, top, "data.images", named)]
     there = {e.path for e in entries}
     for row, path in enumerate(relative):
         if path == "":
@@ -100,9 +98,8 @@ def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
         elif path not in there:
             found.bad.setdefault(row, NO_FILE)
         else:
-            found.locations[row] = path
-    named = {p for p in relative if p}
+            found.locations[row] = found.uris[row] = path
     folders = {p.rpartition("/")[0] for p in named}
-    files = [e for e in entries if e.path in named or (e.path.rpartition("/")[0] in folders and is_image(e.path))]
-    found.extra += [(e.path, storage.url(e.path), NO_ROW) for e in files if e.path not in named]
-    return files
+    stray = [e.path for e in entries if e.path not in named and is_image(e.path)]
+    found.extra += [(p, p, NO_ROW) for p in stray if p.rpartition("/")[0] in folders]
+    return [e for e in entries if e.path in named]

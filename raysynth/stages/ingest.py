@@ -5,8 +5,9 @@ decodes one slice of the source and writes it to `work/`; only hashes, sizes and
 patients and splits. In the second, one task writes one part. Parts are cut by the size of the picture, not by
 `compute`, so that equal data gives equal bytes; finished slices are found again after a crash.
 
-Outputs: `images/part-*.parquet`, `table.parquet` (without pictures and reports), `quarantine.parquet`,
-`vocabulary.json`.
+Outputs: `images/part-*.parquet`, `table.parquet` (without pictures and reports), `vocabulary.json`, and beside them
+`quarantine.parquet`. `source_uri` is relative to the image folder, which `run.json` names: a data set that is moved
+keeps its name, and so do the generators and images made from it.
 """
 
 from __future__ import annotations
@@ -36,11 +37,15 @@ from raysynth.data.splits import SPLITS, assign_splits, require_every_split
 from raysynth.stages import cluster
 from raysynth.stages.ingest_tasks import FACTS, decode_slice, write_part
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
+
+UNHASHED = ("path", "images", "licence", "max_quarantined_fraction")
+"""Keys of `data` that change no pixel and no annotation: what the source holds enters by the listing's digest."""
 
 PART_BYTES = 128 << 20
 """Decoded bytes of the images in one part; encoded they are several times smaller."""
 LARGEST_PART = 4096
+
 
 def ingest_artifact(experiment: Experiment, storage: Storage) -> tuple[Artifact, SourceListing]:
     """The artifact of the experiment's data as it is now, complete or not, and what the source holds.
@@ -52,8 +57,8 @@ def ingest_artifact(experiment: Experiment, storage: Storage) -> tuple[Artifact,
     data = dataclasses.replace(
         experiment.data, dataset=experiment.data.dataset or experiment.name, image=resolve_image(experiment.data.image)
     )
-    config = dataclasses.asdict(data)
-    del config["max_quarantined_fraction"]  # a gate changes no pixel
+    config = {k: v for k, v in dataclasses.asdict(data).items() if k not in UNHASHED}
+    del config["labels"]["policy"]  # applied where labels are used
     inputs = {"source": listing.digest}
     return Artifact.at(storage, "ingest", experiment.name, STAGE_VERSION, config, inputs), listing
 
@@ -64,7 +69,7 @@ def load_table(storage: Storage, artifact: Artifact) -> pa.Table:
 
 
 def load_vocabulary(storage: Storage, artifact: Artifact) -> dict[str, Any]:
-    """`vocabulary.json`: kind, classes, policy, attributes and counts."""
+    """`vocabulary.json`: kind, classes, attributes and counts."""
     return json.loads(storage.get(artifact.file("vocabulary.json")))
 
 
@@ -99,14 +104,16 @@ def ingest(experiment: Experiment, storage: Storage) -> Artifact:
     table = rows.select([name for name in schema.names if name not in ("image", "report")])
     vocabulary = _vocabulary(data, listing, table)
     artifact.put("table.parquet", to_parquet(table))
-    artifact.put("quarantine.parquet", to_parquet(quarantine.table()))
     artifact.put("vocabulary.json", (json.dumps(vocabulary, indent=1) + "\n").encode())
     counts = {
         "images": table.num_rows, "patients": len(pc.unique(table["patient_id"])), "patients_by": by,
         "splits": vocabulary["counts"], "quarantined": quarantine.kinds(),
     }  # fmt: skip
     storage.delete(artifact.file("quarantine.csv"))
-    artifact.commit(counts, licence=data.licence, notes=notes)
+    # No output: a file more that no row names must not be other data.
+    storage.put(artifact.file("quarantine.parquet"), to_parquet(quarantine.table()))
+    source = {"path": data.path, "images": data.images}
+    artifact.commit(counts, data=source, licence=data.licence, notes=notes)
     _clear_work(artifact)
     _summarise(artifact, counts, notes)
     return artifact
@@ -235,7 +242,6 @@ def _vocabulary(data: Data, listing: SourceListing, table: pa.Table) -> dict[str
     return {
         "kind": data.labels.kind,
         "classes": listing.classes,
-        "policy": dict(data.labels.policy),
         "attributes": {
             name: categories(name, table[ATTRIBUTE + name], data.age_bins) for name in listing.attributes
         },

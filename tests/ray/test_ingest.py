@@ -74,7 +74,7 @@ def files(storage: Storage, folder: str) -> dict[str, str]:
 def test_csv_to_image_table(any_root: str, capsys: pytest.CaptureFixture[str]) -> None:
     source(any_root)
     storage = open_storage(f"{any_root}/out")
-    e = with_rows(csv_experiment(any_root, dataset="D"), 7)
+    e = with_rows(csv_experiment(any_root, dataset="D", licence="CC0"), 7)
     artifact = ingest(e, storage)
     assert sorted(files(storage, artifact.path)) == sorted([*OUTPUTS, "images/part-00000.parquet"])
 
@@ -100,9 +100,19 @@ def test_csv_to_image_table(any_root: str, capsys: pytest.CaptureFixture[str]) -
     assert sum(vocabulary["counts"][s]["a"] for s in ("train", "val", "test")) == 16
     run = artifact.run_info()
     assert run["outputs"] == {k: v for k, v in files(storage, artifact.path).items() if k in run["outputs"]}
-    assert set(run["outputs"]) == {"images/part-00000.parquet", *OUTPUTS[2:3], *OUTPUTS[4:]}
+    assert set(run["outputs"]) == {"images/part-00000.parquet", "table.parquet", "vocabulary.json"}
+    assert run["data"] == {"path": e.data.path, "images": ""}
+    assert run["licence"] == "CC0"
     assert run["counts"]["images"] == 30
     assert "30 images of 15 patients" in capsys.readouterr().out
+
+    moved = open_storage(f"{any_root}/moved")
+    more = csv_experiment(any_root, dataset="D", images=any_root, licence="CC-BY", labels={"policy": {"a": "ones"}})
+    open_storage(any_root).put("pics/stray.png", b"no row names this")
+    other = ingest(more, moved)
+    assert (other.path, other.digest()) == (artifact.path, artifact.digest())
+    assert other.run_info()["counts"]["quarantined"] == {"file without row": 1}
+    capsys.readouterr()
 
     again = ingest(e, storage)
     assert again.path == artifact.path
@@ -151,7 +161,7 @@ def test_bad_images_are_quarantined_with_their_reasons(any_root: str) -> None:
         ("pics/11.png", "undecodable"),
         ("pics/12.png", "decompression bomb"),
     ]
-    assert left_out[0]["source_uri"] == storage.url("pics/29.png")
+    assert left_out[0]["source_uri"] == "pics/29.png"
     counts = artifact.run_info()["counts"]
     assert counts["images"] == 25
     assert sum(counts["quarantined"].values()) == 5

@@ -50,12 +50,12 @@ def reasons(listing: SourceListing) -> dict[str, str]:
 
 
 def test_csv_and_folder(any_root: str) -> None:
-    storage = four(any_root)
+    four(any_root)
     data = data_of(any_root)
     listing = list_source(data, "set")
     assert listing.rows["image_id"].to_pylist() == [f"pics/{i}.png" for i in range(4)]
     assert listing.rows["dataset"].unique().to_pylist() == ["set"]
-    assert listing.rows["source_uri"][1].as_py() == storage.url("pics/1.png")
+    assert listing.rows["source_uri"][1].as_py() == "pics/1.png"
     assert listing.rows["label_a"].to_pylist() == [1, 0, 1, 0]
     assert (listing.n_rows, listing.quarantined.num_rows) == (4, 0)
     assert ImageReader(data).read(listing.rows["location"][2].as_py()) == picture(2)
@@ -156,10 +156,22 @@ def test_file_without_row_is_listed_but_no_row(any_root: str) -> None:
     storage.put("pics/extra.png", picture(5))
     storage.put("pics/notes.txt", b"no picture")
     storage.put("pics/.hidden.png", picture(5))
+    storage.put(".pics/also.png", picture(5))
     storage.put("runs/ingest/sheet.png", picture(6))  # artifacts beside the data are none of the source
     listing = list_source(data_of(any_root), "x")
     assert reasons(listing) == {"pics/extra.png": "file without row"}
     assert listing.n_rows == 4
+
+
+def test_hidden_files_that_rows_name_are_read(any_root: str) -> None:
+    storage = four(any_root)
+    hidden = ["pics/.h.png", ".more/1.png", "._2.png"]
+    for path in (*hidden, "pics/.unnamed.png"):
+        storage.put(path, picture(5))
+    write_csv(storage, [f"{p},a" for p in hidden])
+    listing = list_source(data_of(any_root), "x")
+    assert listing.rows["location"].to_pylist() == hidden
+    assert not any(".unnamed" in name for name in reasons(listing))
 
 
 def test_class_without_images_is_refused(tmp_path: Path) -> None:
@@ -332,11 +344,12 @@ def test_digest_sees_new_data_and_nothing_else(any_root: str) -> None:
     storage.put("runs/ingest/x/table.parquet", b"an artifact beside the data")
     assert list_source(data, "another name").digest == before
     seen = {before}
-    changes = {"pics/9.png": picture(9), "pics/0.png": picture(8), "table.csv": b"file,dx\npics/0.png,a\n"}
-    for path, content in changes.items():
+    storage.put("pics/9.png", picture(9))
+    assert list_source(data, "x").digest == before
+    for path, content in {"pics/0.png": picture(8), "table.csv": b"file,dx\npics/0.png,a\n"}.items():
         storage.put(path, content)
         seen.add(list_source(data, "x").digest)
-    assert len(seen) == 4
+    assert len(seen) == 3
 
 
 def test_gone_since_the_listing(any_root: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ def fp(root: str, *overrides: str, **data: Any) -> str:
 
 
 SAME = ["compute.ingest_rows=7", "data.max_quarantined_fraction=0.5", "generator.seed=3", "data.dataset=x",
-        "data.image.channels=rgb", "plan.replicas=3", "root=elsewhere"]  # fmt: skip
-DIFFERENT = ["data.image.size=32", "data.image.preset=chest", "data.split.seed=1", "data.labels.policy.a=ones",
+        "data.image.channels=rgb", "plan.replicas=3", "root=elsewhere", "data.licence=CC-BY",
+        "data.labels.policy.a=ones"]  # fmt: skip
+DIFFERENT = ["data.image.size=32", "data.image.preset=chest", "data.split.seed=1", "data.labels.classes=[b,a]",
              "data.dataset=other", "data.image.fit=crop"]  # fmt: skip
 
 
@@ -48,6 +50,27 @@ def test_one_more_image_is_another_artifact(root: str) -> None:
     before = fp(root)
     open_storage(root).put("pics/a/9.png", b"new")
     assert fp(root) != before
+
+
+def test_where_the_data_lies_and_stray_files_change_nothing(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(root)
+    lines = [f"{'ab'[i % 2]}/{i}.png,{'ab'[i % 2]}" for i in range(4)]
+    storage.put("pics/table.csv", "\n".join(["file,dx", *lines]).encode())
+    os.symlink(root, f"{root}-mounted")
+    monkeypatch.chdir(root)
+    columns = {"label": "dx"}
+    csv = {"kind": "csv", "columns": columns, "path": f"{root}/pics/table.csv"}
+    places = [
+        csv, {**csv, "path": "pics/table.csv"}, {**csv, "path": f"{root}-mounted/pics/table.csv"},
+        {**csv, "images": f"{root}/pics"},
+    ]  # fmt: skip
+    before = fp(root, **csv), fp(root)
+    assert {fp(root, **p) for p in places} == {before[0]}
+    assert fp(root, path="pics") == before[1]
+    storage.put("pics/a/stray.txt", b"a note")
+    assert fp(root) == before[1]
+    storage.put("pics/a/stray.png", b"a picture that no row names")
+    assert fp(root, **csv) == before[0]
 
 
 @pytest.mark.parametrize("rows_per_task", [1, 7, 100, 5000])
