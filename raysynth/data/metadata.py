@@ -99,6 +99,16 @@ def _class_names(schema: pa.Schema, name: str) -> list[str]:
     return list(feature.get("names", [])) if feature.get("_type") == "ClassLabel" else []
 
 
+def damage(error: BaseException) -> str | None:
+    """What is wrong with a parquet file's content, in words; None where the store or the system is at fault.
+
+    Arrow raises a plain OSError without a number for a damaged page; those of the system and of s3fs carry one.
+    """
+    if isinstance(error, ValueError | pa.ArrowNotImplementedError) or (type(error) is OSError and error.errno is None):
+        return "damaged: " + (str(error).splitlines() or [""])[0]
+    return None
+
+
 def parquet_files(path: str) -> tuple[Storage, list[Entry]]:
     """The parquet file, or every `*.parquet` below the folder, sorted. Raises DataError if there is none."""
     storage = open_storage(path)
@@ -147,6 +157,11 @@ def read_parquet(
         kind = file.schema_arrow.field(image).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             wanted.append(image)
-        tables.append(file.read(columns=wanted))
+        try:
+            tables.append(file.read(columns=wanted))
+        except Exception as error:
+            if why := damage(error):
+                raise DataError("data.path", storage.url(name), "a whole parquet file", f"It is {why}.") from error
+            raise
         locations += [f"{name}#{i}" for i in range(file.metadata.num_rows)]
     return pa.concat_tables(tables, promote_options="permissive"), locations

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from raysynth.core.experiment import Data
 from raysynth.core.storage import LocalStorage, Storage, open_storage
 from raysynth.data.images import BadImage, encode_png
-from raysynth.data.metadata import open_parquet, parquet_files, split_url
+from raysynth.data.metadata import damage, open_parquet, parquet_files, split_url
 
 
 def image_storage(data: Data) -> Storage:
@@ -59,7 +59,7 @@ class ImageReader:
     def __init__(self, data: Data) -> None:
         self.data = data
         self._file: tuple[str, pq.ParquetFile] | None = None
-        self._group: tuple[str, int, int, list] | None = None
+        self._group: tuple[str, int, int, list | str] | None = None
 
     @cached_property
     def _digits(self) -> np.ndarray:
@@ -74,8 +74,8 @@ class ImageReader:
         """Encoded bytes of the image at `location`.
 
         Raises:
-            BadImage: the file is gone or may not be read. Storage that fails otherwise raises its own error: that is
-                the environment's fault, not the image's.
+            BadImage: the file is gone or may not be read, or the parquet around it is damaged. Storage that fails
+                otherwise raises its own error: that is the environment's fault, not the image's.
         """
         if self.data.kind == "digits":
             return encode_png(self._digits[int(location.rpartition("#")[2])])
@@ -113,12 +113,23 @@ class ImageReader:
             for group in range(file.num_row_groups):
                 stop = start + file.metadata.row_group(group).num_rows
                 if row < stop:
-                    cells = file.read_row_group(group, columns=[self.data.columns.file])
-                    self._group = (name, start, stop, cells[self.data.columns.file].to_pylist())
+                    self._group = (name, start, stop, self._cells(file, group))
                     break
                 start = stop
         assert self._group is not None
-        return self._group[3][row - self._group[1]]
+        _, start, _, cells = self._group
+        if isinstance(cells, str):
+            raise BadImage(cells)
+        return cells[row - start]
+
+    def _cells(self, file: pq.ParquetFile, group: int) -> list | str:
+        """Cells of one row group, or why it has none: one damaged page takes all of it along."""
+        try:
+            return file.read_row_group(group, columns=[self.data.columns.file])[self.data.columns.file].to_pylist()
+        except Exception as error:
+            if why := damage(error):
+                return why
+            raise
 
     @cached_property
     def _tables(self) -> Storage:

@@ -10,6 +10,7 @@ who read through `reading.ImageReader`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +81,7 @@ def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str]) -> Sou
             "data.path", data.path, "a source with at least one usable row",
             f"Of {n} rows none is: {found.ids[0]!r}: {bad[0]}.",
         )  # fmt: skip
-    require_positives(classes, found.annotations.values[keep], "rows")
+    require_positives(classes, found.annotations.values, bad, "rows")
     cells = dict(found.attributes)
     if found.site is not None:
         cells.setdefault("site", found.site)  # so that a generator can be conditioned on it
@@ -107,15 +108,23 @@ def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str]) -> Sou
     )  # fmt: skip
 
 
-def require_positives(classes: list[str], values: np.ndarray, what: str) -> None:
-    """Raises DataError where a class of the vocabulary has not one positive of (N, L) raw annotations."""
+def require_positives(classes: list[str], values: np.ndarray, bad: Mapping[int, str], what: str) -> None:
+    """Raises DataError where a class of the vocabulary has not one positive that is usable.
+
+    Args:
+        values: (N, L) raw annotations.
+        bad: row -> why it is not usable.
+        what: plural noun of the rows.
+    """
     if not classes:
         raise DataError("data.labels.classes", [], "at least one class", f"None of the {what} has a label.")
     for j, name in enumerate(classes):
-        if not (values[:, j] == 1).any():
+        positive = np.flatnonzero(values[:, j] == 1).tolist()
+        if all(row in bad for row in positive):
+            why = f"All {len(positive)} of it are left out, the first as: {bad[positive[0]]}. " if positive else ""
             raise DataError(
                 "data.labels.classes", f"{name}: no usable {what}", "classes with images",
-                "Add images of it, or list data.labels.classes without it.",
+                f"{why}Add images of it, or list data.labels.classes without it.",
             )  # fmt: skip
 
 

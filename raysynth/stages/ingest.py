@@ -173,12 +173,15 @@ def _assign(
     data: Data, listing: SourceListing, facts: pa.Table, quarantine: Quarantine
 ) -> tuple[pa.Table, str, list[str]]:
     """Patients and splits: the rows of the image table without pictures, how patients were told, and notes."""
+    bad = {row: why for row, why in enumerate(facts["reason"].to_pylist()) if why is not None}
+    require_positives(
+        listing.classes, label_array(listing.rows, listing.classes), bad, "images that can be decoded"
+    )
     good = pc.is_null(facts["reason"])
     rows, facts = listing.rows.filter(good), facts.filter(good)
     if not rows.num_rows:
         raise DataError("data.path", data.path, "a source with at least one image that can be decoded")
     labels = label_array(rows, listing.classes)
-    require_positives(listing.classes, labels, "images that can be decoded")
     by = data.split.patients or ("column" if data.columns.patient else "none" if data.kind == "digits" else "hash")
     patients, units = patients_and_units(
         rows["image_id"].to_pylist(),

@@ -180,6 +180,14 @@ def test_class_without_images_is_refused(tmp_path: Path) -> None:
         list_source(data_of(str(tmp_path), labels={"classes": ["a", "b", "c"]}), "x")
 
 
+def test_class_whose_rows_are_all_left_out_says_why(tmp_path: Path) -> None:
+    storage = four(str(tmp_path))
+    for i in (1, 3):
+        storage.delete(f"pics/{i}.png")
+    with pytest.raises(DataError, match=r"'b: no usable rows'.*All 2 of it are left out, the first as: row without fi"):
+        list_source(data_of(str(tmp_path)), "x")
+
+
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     four(str(tmp_path))
     with pytest.raises(DataError, match=r"Of 4 rows none is: 'pics/0\.png': row without file"):
@@ -323,6 +331,31 @@ def test_file_that_is_no_parquet(tmp_path: Path) -> None:
     open_storage(str(tmp_path)).put("a.parquet", b"PAR1 but not really")
     with pytest.raises(DataError, match=r"data\.path: got .*a whole parquet file"):
         list_source(data_of(str(tmp_path), "parquet"), "x")
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_damaged_parquet_page_costs_its_row_group_only(tmp_path: Path, compression: str) -> None:
+    pictures = [picture(i) for i in range(4)]
+    content = bytearray(parquet(pa.table({"png": pictures, "dx": list("abab")}), row_group_size=2,
+                                compression=compression, use_dictionary=False))  # fmt: skip
+    column = pq.ParquetFile(io.BytesIO(bytes(content))).metadata.row_group(1).column(0)
+    content[column.data_page_offset : column.data_page_offset + column.total_compressed_size] = (
+        b"\xff" * column.total_compressed_size
+    )
+    open_storage(str(tmp_path)).put("a.parquet", bytes(content))
+    data = data_of(str(tmp_path), "parquet", columns={"file": "png", "label": "dx"})
+    assert list_source(data, "x").rows.num_rows == 4
+    reader = ImageReader(data)
+    assert [reader.read(f"a.parquet#{i}") for i in range(2)] == pictures[:2]
+    for i in (2, 3):
+        with pytest.raises(BadImage, match="damaged: "):
+            reader.read(f"a.parquet#{i}")
+    (tmp_path / "a.parquet").rename(tmp_path / "b.parquet")
+    with pytest.raises(FileNotFoundError):
+        ImageReader(data).read("a.parquet#0")
+    labels = data_of(str(tmp_path), "parquet", columns={"file": "dx", "label": "png"})
+    with pytest.raises(DataError, match=r"data\.path: got .*whole parquet file.*damaged"):
+        list_source(labels, "x")
 
 
 def test_digits() -> None:
