@@ -2,7 +2,8 @@
 
 A cell is one combination of the categories of `plan.over`. Cells are those that real images show: a target
 for any other is refused with the nearest one that exists, and no cell is ever the product of marginals. An
-image whose category is unknown (null attribute, uncertain finding under policy `ignore`) is in no cell.
+image is in no cell if one of its categories is unknown: a null attribute; under policy `ignore`, a finding that
+is uncertain or not annotated; a `label` where nothing is positive and such a finding may be.
 
 Input: real images as an Arrow table (core.schemas); output: counts by cell, and the joint table of a plan
 against the real images. Does not know row keys, ranks or storage.
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 from raysynth.core.errors import DataError
 from raysynth.core.experiment import Labels
 from raysynth.core.schemas import ATTRIBUTE, attribute_names, label_names
-from raysynth.data.strata import primary_label, raw_labels
+from raysynth.data.strata import UNKNOWN, primary_label, used_labels
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,10 @@ def cells_of(real: pa.Table, over: Sequence[str], labels: Labels) -> Cells:
 def _categories(real: pa.Table, key: str, name: str, labels: Labels) -> tuple[np.ndarray, list[str]]:
     findings, attributes = label_names(real.schema), attribute_names(real.schema)
     if name == "label":
-        return primary_label(real)
+        codes, names = primary_label(real, labels.policy)
+        return np.where(codes == len(names) - 1, -1, codes), names[:-1]
     if name in findings:
-        raw = raw_labels(real)[:, findings.index(name)].astype(np.int64)
-        unknown = {"ignore": -1, "zeros": 0, "ones": 1}[labels.policy.get(name, "ignore")]
-        return np.where(raw < 0, unknown, raw), ["0", "1"]
+        return used_labels(real, labels.policy)[:, findings.index(name)].astype(np.int64), ["0", "1"]
     if name in attributes and name != "age":
         values = real[ATTRIBUTE + name].combine_chunks()
         names = sorted(v for v in values.unique().to_pylist() if v is not None)
@@ -197,21 +197,23 @@ def joint_table(plan: pa.Table, real: pa.Table, over: Sequence[str], labels: Lab
     Returns:
         one row a cell: a string column a name of `over`, then `real`, `real_share`, `synthetic`,
         `synthetic_share`, `sources` (real images used) and `max_replicas` (most synthetic images of one of
-        them).
+        them). Last, where there are any, the images in no cell as `unknown`: shares always add up to 1.
     """
     cells = cells_of(real, over, labels)
     source = pc.index_in(plan["source_image_id"], value_set=real["image_id"]).to_numpy()
     used = np.bincount(source, minlength=real.num_rows)
-    inside = cells.of_image >= 0
     c = len(cells.codes)
-    synthetic, sources = np.zeros(c, np.int64), np.zeros(c, np.int64)
-    most = np.zeros(c, np.int64)
-    np.add.at(synthetic, cells.of_image[inside], used[inside])
-    np.add.at(sources, cells.of_image[inside], used[inside] > 0)
-    np.maximum.at(most, cells.of_image[inside], used[inside])
+    rows = c + int((cells.of_image < 0).any())
+    cell = np.where(cells.of_image < 0, c, cells.of_image)
+    images = np.bincount(cell, minlength=rows)
+    synthetic, sources, most = (np.zeros(rows, np.int64) for _ in range(3))
+    np.add.at(synthetic, cell, used)
+    np.add.at(sources, cell, used > 0)
+    np.maximum.at(most, cell, used)
+    unknown = [UNKNOWN] * (rows - c)
     return pa.table({
-        **{n: [cells.categories[i][k] for k in cells.codes[:, i]] for i, n in enumerate(cells.over)},
-        "real": cells.images, "real_share": np.round(cells.images / max(1, real.num_rows), 6),
+        **{n: [cells.categories[i][k] for k in cells.codes[:, i]] + unknown for i, n in enumerate(cells.over)},
+        "real": images, "real_share": np.round(images / max(1, real.num_rows), 6),
         "synthetic": synthetic, "synthetic_share": np.round(synthetic / max(1, plan.num_rows), 6),
         "sources": sources, "max_replicas": most,
     })  # fmt: skip

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,7 @@ from raysynth.core.experiment import Experiment, Plan
 from raysynth.core.identity import canonical_json
 from raysynth.core.schemas import ATTRIBUTE, LABEL, attribute_names, label_names, plan_schema
 from raysynth.data.balance import cells_of, did_you_mean, target_counts
-from raysynth.data.strata import interleave, raw_labels, seeded_order, stratified_order
+from raysynth.data.strata import interleave, seeded_order, stratified_order, used_labels
 from raysynth.data.subsets import real_subset
 
 MODE = "conditional"
@@ -39,7 +39,7 @@ def plan_sources(table: pa.Table, experiment: Experiment) -> pa.Table:
     Raises:
         DataError: see `real_subset`.
     """
-    ids = pa.array(real_subset(table, experiment.training_set), pa.string())
+    ids = pa.array(real_subset(table, experiment.training_set, experiment.data.labels.policy), pa.string())
     return table.take(pc.index_in(ids, value_set=table["image_id"])).combine_chunks()
 
 
@@ -48,8 +48,7 @@ def build_plan(table: pa.Table, experiment: Experiment) -> pa.Table:
 
     replicate: each source `plan.replicas` times with its labels and attributes; one replica of all sources
     before the next, each in the same order stratified by class (with findings: by the image's rarest one).
-    balanced:
-    `plan.n` rows, cells of `plan.over` as `plan.targets` say, each cell going round its real images in seeded
+    balanced: `plan.n` rows, cells of `plan.over` as `plan.targets` say, each cell going round its real images in seeded
     order; the n-th use of an image is its replica n - 1, so keys are shared with a replicated plan. The order
     is stratified by cell.
 
@@ -62,11 +61,15 @@ def build_plan(table: pa.Table, experiment: Experiment) -> pa.Table:
     Raises:
         DataError: the targets contradict the real images or each other; see also `real_subset`.
     """
-    sources = plan_sources(table, experiment)
+    return plan_rows(plan_sources(table, experiment), experiment)
+
+
+def plan_rows(sources: pa.Table, experiment: Experiment) -> pa.Table:
+    """`build_plan` over the images of `plan_sources`."""
     p = experiment.plan
     order = seeded_order("plan", p.seed, sources["image_id"].to_pylist())
     if p.kind == "replicate":
-        once = stratified_order(sources, order)
+        once = stratified_order(sources, order, experiment.data.labels.policy)
         source, replica = np.tile(once, p.replicas), np.repeat(np.arange(p.replicas), len(once))
     else:
         source, replica = _balanced(sources, experiment, order)
@@ -137,7 +140,9 @@ def _source_hashes(sources: pa.Table) -> Iterator[hashlib.blake2b]:
         yield hashlib.blake2b(text + json.dumps(image_id).encode() + b"\0", digest_size=16)
 
 
-def select(plan: pa.Table, n_real: int, wanted: Plan) -> np.ndarray:
+def select(
+    plan: pa.Table, n_real: int, wanted: Plan, policy: Mapping[str, str] | None = None
+) -> np.ndarray:
     """Which rows of the plan are to be rendered, (N,) bool. Nested: a larger ratio, n_synth or quota only
     adds rows.
 
@@ -145,6 +150,7 @@ def select(plan: pa.Table, n_real: int, wanted: Plan) -> np.ndarray:
         plan: rows by rank. n_real: real images of the plan (its sources). wanted: `ratio`, `n_synth` or
         `quota` of the plan's section; with none of them, every row. Classes that
             `quota` does not name are not limited; a row with several findings counts for each of them.
+        policy: `data.labels.policy`, for `quota`.
 
     Raises:
         DataError: more rows than the plan has, or an unknown class in `quota`.
@@ -164,11 +170,11 @@ def select(plan: pa.Table, n_real: int, wanted: Plan) -> np.ndarray:
             raise DataError("plan.n_synth", wanted.n_synth, most, f"Raise {enough}.")
         return rank < wanted.n_synth
     chosen = np.ones(len(rank), dtype=bool)
-    names, raw = label_names(plan.schema), raw_labels(plan) if wanted.quota else np.zeros((0, 0))
+    names, labels = label_names(plan.schema), used_labels(plan, policy) if wanted.quota else np.zeros((0, 0))
     for name, most_rows in wanted.quota.items():
         if name not in names or most_rows < 0:
             key, remedy = f"plan.quota.{name}", did_you_mean(name, names) if name not in names else ""
             raise DataError(key, most_rows, f">= 0 and about one of {', '.join(names)}", remedy)
-        has = raw[:, names.index(name)] == 1
+        has = labels[:, names.index(name)] == 1
         chosen &= ~has | (np.cumsum(has) <= most_rows)
     return chosen

@@ -15,15 +15,16 @@ Sorting by (j + 1/2) / m_s is simpler but drifts by m_s S / (2 n) rows, which lo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import heappop, heappush
 
 import numpy as np
 import pyarrow as pa
 
 from raysynth.core.schemas import LABEL, label_names
 
-NONE = "none"
-"""Stratum of images without any positive label."""
+NONE, UNKNOWN = "none", "unknown"
+"""Strata of images without any positive label: every finding is known to be absent, or some may be there."""
 
 
 def seeded_hash(purpose: str, seed: int, ids: Iterable[str]) -> np.ndarray:
@@ -50,19 +51,35 @@ def raw_labels(table: pa.Table) -> np.ndarray:
     return np.stack(columns, axis=1) if columns else np.zeros((table.num_rows, 0), np.int8)
 
 
-def primary_label(table: pa.Table) -> tuple[np.ndarray, list[str]]:
+def used_labels(table: pa.Table, policy: Mapping[str, str] | None = None) -> np.ndarray:
+    """Labels (N, L) int8 under the policy: 1, 0, and -1 for uncertain or not annotated where it says `ignore`."""
+    raw = np.maximum(raw_labels(table), -1)
+    for j, name in enumerate(label_names(table.schema)):
+        choice = (policy or {}).get(name, "ignore")
+        if choice != "ignore":
+            raw[raw[:, j] < 0, j] = choice == "ones"
+    return raw
+
+
+def primary_label(table: pa.Table, policy: Mapping[str, str] | None = None) -> tuple[np.ndarray, list[str]]:
     """Each image's rarest positive label: its class (single-label), its rarest finding (multi-label).
 
     Whole label vectors would be mostly strata of one image.
 
+    Args:
+        policy: finding -> what an uncertain or missing annotation means, as `data.labels.policy`.
+
     Returns:
-        (N,) int64 indices into the names, and the names: the table's labels, then "none".
+        (N,) int64 indices into the names, and the names: the table's labels, then "none" and "unknown".
     """
-    positive = raw_labels(table) == 1
-    names = [*label_names(table.schema), NONE]
-    rarity = np.where(positive, positive.sum(axis=0), len(positive) + 1)
-    rarity = np.column_stack([rarity, np.full(len(positive), len(positive) + 0.5)])
-    return rarity.argmin(axis=1), names
+    labels = used_labels(table, policy)
+    positive = labels == 1
+    names = [*label_names(table.schema), NONE, UNKNOWN]
+    rarest = np.where(positive, positive.sum(axis=0), len(positive) + 1)
+    rest = np.where((labels < 0).any(axis=1), len(names) - 1, len(names) - 2)
+    if not positive.shape[1]:
+        return rest, names
+    return np.where(positive.any(axis=1), rarest.argmin(axis=1), rest), names
 
 
 def interleave(counts: Sequence[int]) -> np.ndarray:
@@ -82,20 +99,30 @@ def interleave(counts: Sequence[int]) -> np.ndarray:
     periods = int(np.gcd.reduce(size))
     size //= periods
     n, edge = int(size.sum()), 2 * len(size) - 2
-    lead = np.zeros(len(size), dtype=np.int64)  # n * (p_s k - x_s): integers, so no rounding decides an order
-    places = np.empty(n, dtype=np.int64)
-    inverse = 1.0 / size
-    for k in range(n):
-        lead += size
-        # Eligible strata are behind by 1 / edge of a row; the one that must be served soonest goes first.
-        deadline = np.where(lead * edge >= n, (n - n / edge - lead) * inverse, np.inf)
-        chosen = int(deadline.argmin())
-        lead[chosen] -= n
-        places[k] = chosen
-    return np.tile(present[places], periods)
+    stratum = np.repeat(np.arange(len(size)), size)
+    nth = np.arange(n) - np.repeat(np.cumsum(size) - size, size)
+    # A stratum's next row may come once it is 1 / edge of a row behind its share, and must before it is 1 - 1 / edge
+    # behind; of those that may, the one that must be served soonest goes first.
+    release = -(-(n * nth * edge + n) // (edge * size[stratum]))
+    deadline = n * (1 - 1 / edge + nth) / size[stratum]
+    by_deadline = np.lexsort((stratum, deadline))
+    priority = np.empty(n, dtype=np.int64)
+    priority[by_deadline] = np.arange(n)
+    arrivals = priority[np.argsort(release, kind="stable")].tolist()
+    until = np.searchsorted(np.sort(release), np.arange(1, n + 1), side="right").tolist()
+    ready: list[int] = []
+    served, arrived = [], 0
+    for stop in until:
+        for row in arrivals[arrived:stop]:
+            heappush(ready, row)
+        arrived = stop
+        served.append(heappop(ready))
+    return np.tile(present[stratum[by_deadline[served]]], periods)
 
 
-def stratified_order(table: pa.Table, order: np.ndarray) -> np.ndarray:
+def stratified_order(
+    table: pa.Table, order: np.ndarray, policy: Mapping[str, str] | None = None
+) -> np.ndarray:
     """Positions (N,) whose every prefix keeps the shares of the labels; rows alike stay in the given order.
 
     Single-label: the classes are interleaved, so that each is within one row of its share. With findings this
@@ -104,10 +131,13 @@ def stratified_order(table: pa.Table, order: np.ndarray) -> np.ndarray:
 
     Args:
         order: (N,) positions of rows, best first, such as `seeded_order`.
+        policy: as `primary_label`'s. Images that are positive for nothing known are a stratum of their own.
     """
-    positive = raw_labels(table) == 1
+    labels = used_labels(table, policy)
+    positive = labels == 1
     rarest_first = positive.sum(axis=0).argsort(kind="stable")
-    return _stratified(positive[:, rarest_first], order)
+    unknown = (labels < 0).any(axis=1) & ~positive.any(axis=1)
+    return _stratified(np.column_stack([positive[:, rarest_first], unknown]), order)
 
 
 def _stratified(positive: np.ndarray, rows: np.ndarray) -> np.ndarray:

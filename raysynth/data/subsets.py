@@ -11,6 +11,8 @@ used by nobody: they are not in the subset, and `donor` leaves out every patient
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +20,7 @@ import pyarrow.compute as pc
 from raysynth.core.errors import DataError
 from raysynth.core.experiment import Experiment, TrainingSet
 from raysynth.core.schemas import label_names
-from raysynth.data.strata import primary_label, raw_labels, seeded_hash
+from raysynth.data.strata import primary_label, seeded_hash, used_labels
 
 
 def train_split(table: pa.Table) -> pa.Table:
@@ -46,14 +48,19 @@ def _with_patients(table: pa.Table) -> pa.Table:
     return table.set_column(at, "patient_id", pc.coalesce(table["patient_id"], table["image_id"]))
 
 
-def real_subset(table: pa.Table, training_set: TrainingSet) -> list[str]:
+def real_subset(
+    table: pa.Table, training_set: TrainingSet, policy: Mapping[str, str] | None = None
+) -> list[str]:
     """Image ids of the classifier's real images, sorted.
 
     `n_per_class`: the first n images of every class in the seeded patient order; for findings the first n
-    positives of every finding and, as far as there are, n images without any (a common finding then has more
-    than n, beside the rarer ones). `fraction`: that share of every class (multi-label: of every rarest
+    positives of every finding and, as far as there are, n images known to have none (a common finding then has
+    more than n, beside the rarer ones). `fraction`: that share of every class (multi-label: of every rarest
     finding), at least one image. Neither: the whole train split. A larger n or fraction contains the smaller
     one of the same seed.
+
+    Args:
+        policy: `data.labels.policy`: what an uncertain or missing annotation counts as.
 
     Raises:
         DataError: a class has fewer than n train images; a patient is in two splits.
@@ -66,9 +73,9 @@ def real_subset(table: pa.Table, training_set: TrainingSet) -> list[str]:
     chosen = np.zeros(len(ids), dtype=bool)
     if training_set.n_per_class is not None:
         n = training_set.n_per_class
-        raw = raw_labels(train)
+        labels = used_labels(train, policy)
         names = label_names(train.schema)
-        have = (raw == 1).sum(axis=0)
+        have = (labels == 1).sum(axis=0)
         if len(names) and have.min() < n:
             few = ", ".join(f"{names[i]} {have[i]}" for i in np.argsort(have, kind="stable") if have[i] < n)
             raise DataError(
@@ -76,11 +83,11 @@ def real_subset(table: pa.Table, training_set: TrainingSet) -> list[str]:
                 f"at most {have.min()}, the train images of {names[have.argmin()]}",
                 f"Too few: {few}. Lower it, use training_set.fraction, or drop the class from data.labels.",
             )  # fmt: skip
-        ordered = raw[order]
-        for member in [*(ordered == 1).T, ~np.isin(ordered, (1, -1)).any(axis=1)]:
+        ordered = labels[order]
+        for member in [*(ordered == 1).T, (ordered == 0).all(axis=1)]:
             chosen[order[np.flatnonzero(member)[:n]]] = True
     else:
-        strata, names = primary_label(train)
+        strata, names = primary_label(train, policy)
         for s in range(len(names)):
             members = order[strata[order] == s]
             if len(members):
@@ -100,7 +107,7 @@ def generator_rows(table: pa.Table, experiment: Experiment) -> list[str]:
     """Image ids that the generator trains on, sorted; never a val or test image, nor one of their patients.
 
     `classifier_subset`: the classifier's real subset; `train`: the whole train split; `donor`: the train
-    split without any patient of the subset.
+    split without any patient of the subset, nor one who has a picture identical to one of theirs.
 
     Raises:
         DataError: nothing is left for `donor`; a patient is in two splits; a class has too few images.
@@ -108,11 +115,16 @@ def generator_rows(table: pa.Table, experiment: Experiment) -> list[str]:
     train = train_split(table)
     if experiment.generator.train_on == "train":
         return sorted(train["image_id"].to_pylist())
-    subset = real_subset(table, experiment.training_set)
+    subset = real_subset(table, experiment.training_set, experiment.data.labels.policy)
     if experiment.generator.train_on == "classifier_subset":
         return subset
     inside = pc.is_in(train["image_id"], value_set=pa.array(subset, pa.string()))
     seen = train.filter(inside)["patient_id"].unique()
+    if "pixel_sha256" in train.column_names:
+        # One person may have two ids.
+        shown = train.filter(pc.is_in(train["patient_id"], value_set=seen))["pixel_sha256"].unique().drop_null()
+        same = pc.is_in(train["pixel_sha256"], value_set=shown)
+        seen = train.filter(pc.or_(same, pc.is_in(train["patient_id"], value_set=seen)))["patient_id"].unique()
     donors = train.filter(pc.invert(pc.is_in(train["patient_id"], value_set=seen)))["image_id"].to_pylist()
     if not donors:
         raise DataError(

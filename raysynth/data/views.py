@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysynth.core.schemas import LABEL, from_parquet
+from raysynth.data.strata import primary_label, used_labels
 
 INDEX = "index.parquet"
 CHUNKS = "chunks"
@@ -126,19 +127,29 @@ class BalancedOrder:
         return np.array(found, np.int64)
 
 
-def label_groups(columns: Mapping[str, Sequence[Any]], classes: Sequence[str]) -> list[np.ndarray]:
-    """Positions of the images positive for each class or finding, and last of those positive for none.
+def label_groups(
+    columns: Mapping[str, Sequence[Any]], classes: Sequence[str], policy: Mapping[str, str] | None = None
+) -> list[np.ndarray]:
+    """Positions of the images positive for each class or finding, of those that have none, and of those not known.
 
-    An image with several findings is in several groups.
+    An image with several findings is in several groups. It is not known where nothing is positive and a finding of
+    policy `ignore` is uncertain or not annotated.
+
+    Args:
+        policy: finding -> ignore (default), zeros or ones, as `data.labels.policy`.
     """
-    positive = np.stack([np.array([v == 1 for v in columns[LABEL + c]], bool) for c in classes], axis=1)
-    return [*(np.flatnonzero(positive[:, i]) for i in range(len(classes))), np.flatnonzero(~positive.any(axis=1))]
+    names = [LABEL + c for c in classes]
+    table = pa.table({n: pa.array([None if v != v else v for v in columns[n]], pa.int8()) for n in names})
+    primary, _ = primary_label(table, policy)
+    positive = (used_labels(table, policy) == 1).T
+    return [*(np.flatnonzero(p) for p in positive), *(np.flatnonzero(primary == len(names) + i) for i in range(2))]
 
 
 def order_for(
-    columns: Mapping[str, Sequence[Any]], classes: Sequence[str], n: int, balanced: bool, seed: int, batch_size: int
-) -> Order:
+    columns: Mapping[str, Sequence[Any]], classes: Sequence[str], n: int, balanced: bool, seed: int, batch_size: int,
+    policy: Mapping[str, str] | None = None,
+) -> Order:  # fmt: skip
     """The batch order of a training run: balanced over `classes`, or as frequent as in the data."""
     if balanced and classes:
-        return BalancedOrder(label_groups(columns, classes), seed, batch_size)
+        return BalancedOrder(label_groups(columns, classes, policy), seed, batch_size)
     return ShuffledOrder(n, seed, batch_size)

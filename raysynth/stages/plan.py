@@ -3,12 +3,14 @@ ray.
 
 The artifact holds every row of the plan. `plan.ratio`, `plan.n_synth` and `plan.quota` only select from it
 and are no part of its identity, so that a larger ratio is the same plan and its earlier rows stay rendered.
+`joint.csv` is about every row; what is printed, about the selected ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -20,9 +22,9 @@ from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.balance import joint_table
-from raysynth.data.plans import build_plan, plan_sources, select
+from raysynth.data.plans import plan_rows, plan_sources, select
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 SELECTION = ("ratio", "n_synth", "quota")
 ROW_GROUP = 65_536
 """Rows a parquet row group: a reader of one shard's rows need not load a million."""
@@ -33,33 +35,37 @@ def plan_artifact(experiment: Experiment, storage: Storage, ingest_artifact: Art
     """The plan's artifact, whether or not it exists yet. Raises EnvironmentFault if ingest is not
     complete."""
     section = {k: v for k, v in dataclasses.asdict(experiment.plan).items() if k not in SELECTION}
-    config = {"plan": section, "training_set": experiment.training_set}
+    config: dict[str, Any] = {"plan": section, "training_set": experiment.training_set}
+    labels = experiment.data.labels
+    policy = {k: v for k, v in labels.policy.items() if v != "ignore"}
+    if policy and labels.kind == "multi":  # it then decides strata, subsets and cells
+        config["policy"] = policy
     inputs = {"images": ingest_artifact.digest()}
     return Artifact.at(storage, "plan", experiment.name, STAGE_VERSION, config, inputs)
 
 
 def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) -> Artifact:
-    """Builds the plan if it is not there, and says how many rows it wants.
+    """Builds the plan if it is not there, and shows the selected rows against the real images.
 
     Raises:
         DataError: targets or selection contradict the real images; see `data.plans`.
     """
     artifact = plan_artifact(experiment, storage, ingest_artifact)
+    over, labels = experiment.plan.over, experiment.data.labels
+    sources = plan_sources(from_parquet(storage.get(ingest_artifact.file("table.parquet"))), experiment)
     if not artifact.complete:
-        table = from_parquet(storage.get(ingest_artifact.file("table.parquet")))
-        rows = build_plan(table, experiment)
-        sources = plan_sources(table, experiment)
-        joint = joint_table(rows, sources, experiment.plan.over, experiment.data.labels)
+        rows = plan_rows(sources, experiment)
+        joint = joint_table(rows, sources, over, labels)
         groups = [min(ROW_GROUP, rows.num_rows - at) for at in range(0, rows.num_rows, ROW_GROUP)]
         artifact.put("rows.parquet", to_parquet(rows, groups))
         text = io.BytesIO()
         pyarrow.csv.write_csv(joint, text)
         artifact.put("joint.csv", text.getvalue())
         artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": joint.num_rows})
-        show_joint(joint, experiment.plan.over)
     counts = artifact.run_info()["counts"]
-    wanted = selected_rows(experiment, storage, artifact, ["rank"]).num_rows
-    say(f"plan: {wanted:,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
+    wanted = selected_rows(experiment, storage, artifact, ["source_image_id"])
+    show_joint(joint_table(wanted, sources, over, labels), over)
+    say(f"plan: {wanted.num_rows:,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
     return artifact
 
 
@@ -80,7 +86,7 @@ def selected_rows(
         DataError: more rows than the plan has, or an unknown class in `plan.quota`.
     """
     rows = load_plan(storage, artifact, None if columns is None or experiment.plan.quota else [*{*columns, "rank"}])
-    mask = select(rows, artifact.run_info()["counts"]["n_real"], experiment.plan)
+    mask = select(rows, artifact.run_info()["counts"]["n_real"], experiment.plan, experiment.data.labels.policy)
     rows = rows.filter(pa.array(mask))
     return rows.select(columns) if columns is not None else rows
 
@@ -101,4 +107,4 @@ def show_joint(joint: pa.Table, over: list[str]) -> None:
         )  # fmt: skip
     console.print(table)
     if joint.num_rows > SHOWN_CELLS:
-        say(f"... {joint.num_rows - SHOWN_CELLS} more cells in joint.csv")
+        say(f"... {joint.num_rows - SHOWN_CELLS} more cells; joint.csv has those of the whole plan")

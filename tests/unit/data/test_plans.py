@@ -19,6 +19,7 @@ from raysynth.core.schemas import plan_schema
 from raysynth.data.balance import cells_of, joint_table, target_counts
 from raysynth.data.plans import build_plan, plan_sources, select
 from raysynth.data.strata import interleave
+from raysynth.data.subsets import real_subset
 from tests.unit.data.test_subsets import image_table
 
 
@@ -228,6 +229,53 @@ def test_uncertain_findings_follow_their_policy() -> None:
     assert (images["ones"] - images["ignore"]).tolist() == [0, 100]
 
 
+def uncertain() -> pa.Table:
+    """One image a row, findings a and b: two of a, one of b, one of neither, four where a is not known."""
+    rows = [(1, 0), (1, 0), (0, 1), (0, 0), (-1, 0), (None, 0), (-1, 0), (None, 0)]
+    return pa.table({
+        "image_id": [f"i{i}" for i in range(8)], "split": ["train"] * 8, "patient_id": [f"p{i}" for i in range(8)],
+        **{f"label_{n}": pa.array([r[j] for r in rows], pa.int8()) for j, n in enumerate("ab")},
+    })  # fmt: skip
+
+
+def test_an_image_that_may_have_a_finding_is_not_counted_as_having_none() -> None:
+    table = uncertain()
+    images = {}
+    for policy in ("ignore", "zeros", "ones"):
+        cells = cells_of(table, ["label"], Labels(kind="multi", policy={"a": policy}))
+        images[policy] = {cells.name(i): int(n) for i, n in enumerate(cells.images)}
+    assert images["ignore"] == {"label=a": 2, "label=b": 1, "label=none": 1}
+    assert images["zeros"] == {"label=a": 2, "label=b": 1, "label=none": 5}
+    assert images["ones"] == {"label=a": 6, "label=b": 1, "label=none": 1}
+
+
+def test_subsets_orders_and_quotas_follow_the_policy() -> None:
+    table = uncertain()
+    of = lambda n, **policy: real_subset(table, TrainingSet(n_per_class=n), policy)  # noqa: E731
+    assert set(of(1)) & {"i4", "i5", "i6", "i7"} == set(), "an unknown image is none of those without findings"
+    assert len(of(1, a="zeros")) == 3
+    with pytest.raises(DataError, match="n_per_class"):
+        real_subset(table.slice(3), TrainingSet(n_per_class=1), {"a": "ones"})
+    for policy, most in (("ignore", 8), ("ones", 4)):
+        e = experiment("multi", replicas=1)
+        e = dataclasses.replace(e, data=dataclasses.replace(e.data, labels=Labels("multi", policy={"a": policy})))
+        plan = build_plan(table, e)
+        assert select(plan, 8, Plan(quota={"a": 2}), e.data.labels.policy).sum() == most
+        # Every half of the plan has half of the images that may have a.
+        known = [r["label_a"] in (0, 1) for r in plan.slice(0, 4).to_pylist()]
+        assert sum(known) == 2
+
+
+def test_joint_table_accounts_for_images_in_no_cell() -> None:
+    table = uncertain()
+    e = experiment("multi", replicas=3)
+    joint = joint_table(build_plan(table, e), table, ["label"], e.data.labels).to_pylist()
+    assert [(r["label"], r["real"], r["synthetic"]) for r in joint] == [
+        ("a", 2, 6), ("b", 1, 3), ("none", 1, 3), ("unknown", 4, 12),
+    ]  # fmt: skip
+    assert sum(r["real_share"] for r in joint) == pytest.approx(1)
+
+
 def without_women_of_c2(table: pa.Table) -> pa.Table:
     return table.filter((pc.field("label_c2") != 1) | (pc.field("attr_sex") != "F"))
 
@@ -276,6 +324,16 @@ def test_joint_table_shows_plan_against_real() -> None:
     assert joint[0]["max_replicas"] == -(-80 // joint[0]["real"])
     assert joint[1]["sources"] == 5
     assert sum(r["synthetic_share"] for r in joint) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_million_balanced_rows_in_seconds() -> None:
+    counts = [2_001 + 13 * i for i in range(150)] + [501_700]
+    started = time.perf_counter()
+    places = interleave(counts)
+    assert time.perf_counter() - started < 8
+    assert np.bincount(places).tolist() == counts
+    shares = np.cumsum(places == 150) / np.arange(1, len(places) + 1)
+    assert abs(shares[1000:] - counts[150] / sum(counts)).max() < 1e-3
 
 
 def test_many_rows_in_seconds() -> None:

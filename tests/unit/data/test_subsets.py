@@ -116,6 +116,18 @@ def test_generator_rows_follow_train_on() -> None:
     assert patients[0] | patients[1] == set(column(table, train, "patient_id"))
 
 
+def test_donors_have_no_picture_that_the_subset_has() -> None:
+    table = image_table()
+    subset = real_subset(table, TrainingSet(n_per_class=10))
+    donors = generator_rows(table, experiment("donor", n_per_class=10))
+    pixels = dict(zip(table["image_id"].to_pylist(), map(str, range(table.num_rows))))
+    pixels[donors[0]] = pixels[subset[0]]
+    shared = table.append_column("pixel_sha256", pa.array(list(pixels.values())))
+    left = generator_rows(shared, experiment("donor", n_per_class=10))
+    gone = set(column(table, donors[:1], "patient_id"))
+    assert left == [i for i, p in zip(donors, column(table, donors, "patient_id")) if p not in gone]
+
+
 def test_donor_needs_patients_outside_the_subset() -> None:
     with pytest.raises(DataError, match=r"generator.train_on: got 'donor'.*n_per_class"):
         generator_rows(image_table(), experiment("donor"))

@@ -71,9 +71,14 @@ def test_seeds_epochs_and_groups_have_their_own_permutations() -> None:
     assert (a.batch(1) != b.batch(0)).any()
 
 
-def test_findings_and_none_are_groups() -> None:
+def test_findings_none_and_unknown_are_groups() -> None:
     columns = {"label_a": [1, 1, 0, None, -1], "label_b": [1, 0, 0, 0, 0]}
-    assert [g.tolist() for g in label_groups(columns, ["a", "b"])] == [[0, 1], [0], [2, 3, 4]]
+    def groups(**policy: str) -> list[list[int]]:
+        return [g.tolist() for g in label_groups(columns, ["a", "b"], policy)]
+
+    assert groups() == groups(a="ignore") == [[0, 1], [0], [2], [3, 4]]
+    assert groups(a="zeros") == [[0, 1], [0], [2, 3, 4], []]
+    assert groups(a="ones") == [[0, 1, 3, 4], [0], [2], []]
 
 
 def test_view_reads_the_pixels_of_the_index(tmp_path: Path) -> None:

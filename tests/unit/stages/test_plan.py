@@ -10,7 +10,7 @@ import pytest
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import DataError
-from raysynth.core.experiment import Experiment, Plan, TrainingSet
+from raysynth.core.experiment import Data, Experiment, Labels, Plan, TrainingSet
 from raysynth.core.schemas import to_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages.plan import load_plan, plan, plan_artifact, selected_rows
@@ -49,6 +49,32 @@ def test_plan_is_stored_and_read(
     joint = storage.get(artifact.file("joint.csv")).decode().splitlines()
     assert joint[1] == '"c0",5,0.333333,20,0.333333,5,4'
     assert artifact.run_info()["counts"] == {"rows": 60, "n_real": 15, "cells": 3}
+
+
+def test_the_selected_rows_are_shown_at_each_run_and_their_shares_add_up(
+    storage: Storage, images: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    e = experiment(over=["label", "sex"], quota={"c0": 0})
+    plan(e, storage, images)
+    first = capsys.readouterr().out
+    plan(e, storage, images)
+    assert capsys.readouterr().out == first
+    cells = [line.split() for line in first.splitlines() if line.startswith(("c", "unknown"))]
+    assert cells[-1][:2] == ["unknown", "unknown"]
+    assert sum(float(c[3]) for c in cells) == pytest.approx(100, abs=0.5)
+    assert sum(float(c[5]) for c in cells) == pytest.approx(100, abs=0.5)
+    assert {c[4] for c in cells if c[0] == "c0"} == {"0"}
+
+
+def test_a_policy_is_another_plan_only_where_findings_follow_it(storage: Storage, images: Artifact) -> None:
+    def path(kind: str, **policy: str) -> str:
+        labels = Labels(kind=kind, policy=policy)  # type: ignore[arg-type]
+        e = dataclasses.replace(experiment(), data=Data(labels=labels))
+        return plan_artifact(e, storage, images).path
+
+    assert path("single", c0="ones") == path("single")
+    assert path("multi", c0="ignore") == path("multi")
+    assert len({path("multi"), path("multi", c0="ones"), path("multi", c0="zeros")}) == 3
 
 
 def test_a_selection_is_the_same_plan(storage: Storage, images: Artifact) -> None:
