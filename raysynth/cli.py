@@ -6,6 +6,7 @@ only one worth retrying.
 
 from __future__ import annotations
 
+import builtins
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -154,21 +155,37 @@ def quickstart(
     _stages(experiment, list(ARTIFACTS), dry_run=False)
 
 
+def environment_fault(error: BaseException) -> str | None:
+    """What of storage or cluster broke, in a line; None if `error` is the program's own."""
+    from raysynth.core.storage import is_storage_fault
+
+    kinds = {c.__name__: c.__module__ for c in type(error).__mro__}
+    if "RayTaskError" in kinds:
+        # The worker's exception arrives as text; its last line names it.
+        last = str(error).strip().splitlines()[-1]
+        named = last.split(":")[0].rpartition(".")[2]
+        kind = getattr(builtins, named, None)
+        return last if "botocore" in last or (isinstance(kind, type) and issubclass(kind, OSError)) else None
+    if kinds.get("RayError") or is_storage_fault(error):
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
 def main() -> None:
     """Entry point: errors of raysynth become one message and an exit code; everything else is a bug's traceback."""
     try:
         app()
+    except SystemExit as done:
+        if done.code == 130:  # typer's answer to Ctrl-C
+            say("interrupted: nothing is lost, the same command goes on from here")
+        raise
     except RaysynthError as error:
         console.print("[bold red]error[/] ", end="")
         say(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
-        from raysynth.core.storage import is_storage_fault
-
-        if not is_storage_fault(error):
+        fault = environment_fault(error)
+        if fault is None:
             raise
-        say(f"error: storage: {type(error).__name__}: {error}. Nothing is lost; the same command goes on from here.")
+        say(f"error: storage or cluster: {fault}. Nothing is lost; the same command goes on from here.")
         sys.exit(4)
-    except KeyboardInterrupt:
-        say("interrupted: nothing is lost, the same command goes on from here")
-        sys.exit(130)

@@ -20,7 +20,6 @@ from typing import IO, Any
 
 from raysynth.core.errors import EnvironmentFault
 
-
 CONFLICT_TRIES = 20
 
 

@@ -8,7 +8,7 @@ part) and which failed (`failed.parquet`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pandas as pd
@@ -27,19 +27,24 @@ from raysynth.stages.cluster import Resources
 from raysynth.stages.plan import selected_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
-from raysynth.synth.sets import SyntheticSet
-from raysynth.synth.waves import extend, pending, rows_a_shard
+from raysynth.synth.sets import SyntheticSet, is_content
+from raysynth.synth.settle import read_settled
+from raysynth.synth.waves import extend, failed_rows, pending, rows_a_shard
 
 STAGE_VERSION = 1
 
 
-def make_renderer(storage: Storage, folder: str, experiment: Experiment, gpu: bool) -> Renderer:
-    """The generator's renderer, made inside the process that holds the device."""
+def make_renderer(storage: Storage, generator: str, version: str, e: Experiment, gpu: bool, threads: int) -> Renderer:
+    """The generator's renderer, made inside the process that holds the device.
+
+    Args:
+        generator: folder of the train-generator artifact.
+        version: its `generator_id`: a cached copy of other weights is never used.
+    """
     from raysynth.synth.ddpm import DDPMRenderer
 
-    path = local_folder(storage, folder, experiment.compute.cache)
-    device = "cuda" if gpu else "cpu"
-    return DDPMRenderer(str(path), experiment.sampling, device, experiment.compute.render_threads)
+    path = local_folder(storage, f"{generator}/export", e.compute.cache, version)
+    return DDPMRenderer(str(path), e.sampling, "cuda" if gpu else "cpu", threads)
 
 
 def generator_id(generator: Artifact) -> str:
@@ -91,11 +96,17 @@ def generate(
     storage.probe()
     store = synthetic_set(experiment, storage, generator)
     wanted = selected_rows(experiment, storage, plan)
+    # From here on the artifact is unfinished: its rows may change, and the sheet with them.
+    for name in ("_SUCCESS", "contact_sheet.png"):
+        storage.delete(artifact.file(name))
+    settled = read_settled(store)
+    threads = settled.facts.get("threads") if settled else None
     factory = factory or partial(
-        make_renderer, storage, generator.file("export"), experiment, gpu=bool(resources.gpus)
-    )
+        make_renderer, storage, generator.path, store.identity["generator_id"], experiment,
+        gpu=bool(resources.gpus), threads=threads or experiment.compute.render_threads,
+    )  # fmt: skip
     sums = render(store, wanted, factory, experiment.compute, resources, retry_failed)
-    return _conclude(artifact, store, wanted, experiment.compute, resources, sums)
+    return _conclude(artifact, store, wanted, generator, experiment.compute, resources, sums)
 
 
 def render(
@@ -108,15 +119,14 @@ def render(
 ) -> dict[str, float]:
     """Brings `store` to hold every wanted row, committed or recorded as failed. Returns sums over this run."""
     job = RenderJob(store, factory, compute.micro_batch, compute.accept_render_change)
-    reopen: Sequence[str] = ()
-    if retry_failed:
-        index = store.index()
-        reopen = index.loc[index["status"] == "failed", "row_key"].tolist()
+    store.announce()
     with Lease(store.storage, store.file("lock.json")) as lease:
         if lease.others:
             say(f"generate: {lease.others} renders this set too; joining from the other end")
         known = store.rows()
-        new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(known["row_key"]).sum()) + len(reopen)
+        new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(known["row_key"]).sum())
+        again = len(failed_rows(store)) if retry_failed else 0
+        new += again
         if new:
             workers, _, _ = worker_shape(compute, resources)
             if compute.micro_batch and compute.shard_rows:
@@ -125,8 +135,8 @@ def render(
                 settled = settle_first(job, compute, resources)
                 micro_batch, rate = settled.micro_batch, settled.rows_per_s
             size = rows_a_shard(new, workers, micro_batch, rate, compute.shard_seconds, compute.shard_rows)
-            why = "retry of failed rows" if reopen else "first rows" if known.empty else "rows added"
-            wave = extend(store, wanted, size, why, reopen)
+            why = "retry of failed rows" if again else "first rows" if known.empty else "rows added"
+            wave = extend(store, wanted, size, why, retry_failed)
             if wave is not None:
                 say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows ({why}) in "
                     f"{len(wave.shard_rows):,} shards of up to {size:,}")  # fmt: skip
@@ -142,13 +152,15 @@ def _conclude(
     artifact: Artifact,
     store: SyntheticSet,
     wanted: pa.Table,
+    generator: Artifact,
     compute: Compute,
     resources: Resources,
     sums: dict[str, float],
 ) -> Artifact:
     """Checks counts against the plan, writes the artifact, holds the gate."""
     ranks = wanted.select(["row_key", "rank"]).to_pandas()
-    rows = ranks.merge(store.index(), on="row_key", how="left").sort_values("rank", ignore_index=True)
+    markers = store.markers(store.done())
+    rows = ranks.merge(store.index(markers), on="row_key", how="left").sort_values("rank", ignore_index=True)
     lost = rows["status"].isna()
     if lost.any():
         raise EnvironmentFault(
@@ -159,7 +171,6 @@ def _conclude(
     artifact.put("rows.parquet", to_parquet(pa.Table.from_pandas(rows, preserve_index=False)))
     failed = rows[rows["status"] == "failed"]
     artifact.put("failed.parquet", to_parquet(pa.Table.from_pandas(failed, preserve_index=False)))
-    markers = store.markers(rows["shard"].unique())
     counts = {"wanted": len(rows), **{s: int((rows["status"] == s).sum()) for s in ("ok", "failed", "rejected")}}
     fraction = counts["failed"] / max(1, counts["wanted"])
     if fraction > compute.max_failed_fraction:
@@ -168,14 +179,14 @@ def _conclude(
             f"{compute.max_failed_fraction:.2%}. See {artifact.file('failed.parquet')}; `--retry-failed` renders "
             "them once more."
         )
-    seconds = sum(m["render_seconds"] for m in markers.values())
+    seconds = sum(markers[s]["render_seconds"] for s in rows["shard"].unique())
     gpu_seconds = seconds * (compute.gpus_per_renderer if resources.gpus else 0.0)
     price = compute.price_per_gpu_hour
     cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None
     render_json = store.get_json("render.json")
     artifact.commit(
-        counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, render=render_json, cost=cost,
-        render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},
+        counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, generator=generator.path, render=render_json,
+        cost=cost, render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},
     )  # fmt: skip
     rate = f", {len(rows) / seconds:.1f} images/s a worker" if seconds else ""
     say(f"generate: {counts['ok']:,} ok, {counts['failed']:,} failed in {duration(seconds)} of rendering{rate}; "
@@ -189,8 +200,15 @@ def load_index(artifact: Artifact) -> pd.DataFrame:
 
 
 def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
-    """Synthetic rows of `index` (rows of `load_index`), images included, one table a part."""
+    """Synthetic rows of `index` (rows of `load_index`), images included, one table a part.
+
+    Raises:
+        EnvironmentFault: a part is not what was committed.
+    """
     folder = json.loads(artifact.storage.get(artifact.file("run.json")))["synthetic_set"]
     store = SyntheticSet.open(artifact.storage, folder.partition("/")[2])
     for part, rows in index.groupby("part", sort=True):
-        yield from_parquet(store.part(str(part))).take(pa.array(sorted(rows["place"])))
+        data = store.part(str(part))
+        if not is_content(str(part), data):
+            raise EnvironmentFault(f"{store.file(str(part))} is not what was committed: `raysynth verify --repair`.")
+        yield from_parquet(data).take(pa.array(sorted(rows["place"])))

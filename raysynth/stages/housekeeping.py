@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 
 from rich.table import Table
 
+from raysynth.core.lease import holder_of
 from raysynth.core.progress import console, say
 from raysynth.core.storage import Storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
@@ -26,6 +28,17 @@ def _artifacts(storage: Storage) -> list[tuple[str, dict | None]]:
     return found
 
 
+def _sets(storage: Storage) -> Iterator[SyntheticSet]:
+    for name in storage.folders(FOLDER):
+        if storage.exists(f"{FOLDER}/{name}/set.json"):
+            yield SyntheticSet.open(storage, name)
+
+
+def artifacts_of_set(storage: Storage, path: str) -> list[str]:
+    """Folders of the complete artifacts whose images live in the synthetic set at `path`."""
+    return [folder for folder, run in _artifacts(storage) if run is not None and run.get("synthetic_set") == path]
+
+
 def show_artifacts(storage: Storage) -> None:
     """A table of artifacts and synthetic sets: state, size, and which artifacts were built on each."""
     artifacts = _artifacts(storage)
@@ -36,16 +49,16 @@ def show_artifacts(storage: Storage) -> None:
         for other, there in artifacts:
             if there is not None and there["digest"] in run["inputs"].values():
                 users[other].append(folder)
-        if "synthetic_set" in run:
-            users[run["synthetic_set"]].append(folder)
+        for name in ("synthetic_set", "generator"):
+            if isinstance(run.get(name), str):
+                users[run[name]].append(folder)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("folder", "state", "MiB", "used by"):
         table.add_column(column, justify="right" if column == "MiB" else "left", no_wrap=column != "used by")
     rows = [(folder, "done" if run else "incomplete") for folder, run in artifacts]
-    for name in storage.folders(FOLDER):
-        store = SyntheticSet.open(storage, name)
+    for store in _sets(storage):
         shards = sum(len(w.shards) for w in store.waves()) - len(store.void())
-        rows.append((f"{FOLDER}/{name}", f"{len(store.done()):,} of {shards:,} shards"))
+        rows.append((store.path, f"{len(store.done()):,} of {shards:,} shards"))
     for folder, state in rows:
         size = sum(e.size for e in storage.list(folder)) / 2**20
         table.add_row(folder, state, f"{size:,.1f}", "\n".join(users[folder]))
@@ -55,8 +68,11 @@ def show_artifacts(storage: Storage) -> None:
 def collect_garbage(storage: Storage, delete: bool) -> list[str]:
     """Orphan parts and rows files of every synthetic set, at least an hour old; deletes them if told."""
     found = []
-    for name in storage.folders(FOLDER):
-        store = SyntheticSet.open(storage, name)
+    for store in _sets(storage):
+        if holder_of(storage, store.file("lock.json")):
+            # A writer may be about to name an old orphan: equal content has an equal name.
+            say(f"gc: {store.path} is being rendered, left alone")
+            continue
         found += [store.file(o) for o in orphans(store)]
     for path in found:
         say(path)

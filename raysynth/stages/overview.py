@@ -8,14 +8,17 @@ import yaml
 from rich.table import Table
 
 from raysynth.core.errors import EnvironmentFault, GateFailed
+from raysynth.core.experiment import Compute
 from raysynth.core.identity import _plain
 from raysynth.core.lease import holder_of
 from raysynth.core.progress import Progress, console, duration, say
+from raysynth.stages.housekeeping import artifacts_of_set
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import selected_rows
-from raysynth.synth.settle import read_settled
+from raysynth.synth.settle import Settled, read_settled
 from raysynth.synth.verify import repair as give_up
 from raysynth.synth.verify import verify
+from raysynth.synth.waves import pending, rows_a_shard
 
 
 def show_artifacts_of(pipeline: Pipeline) -> None:
@@ -45,21 +48,38 @@ def show_dry_run(pipeline: Pipeline) -> None:
         say("generate: rows are known once ingest, train-generator and plan are done")
         return
     wanted = selected_rows(e, pipeline.storage, pipeline.plan, ["row_key"])
-    store = pipeline.synthetic_set
+    store, c = pipeline.synthetic_set, e.compute
     rows = store.rows()
     done = set(rows.loc[rows["done"].astype(bool), "row_key"])
     left = sum(k not in done for k in wanted.column("row_key").to_pylist())
-    workers = e.compute.render_workers or "one a GPU"
-    say(f"generate: {left:,} of {wanted.num_rows:,} rows to render, workers: {workers}, "
-        f"{e.compute.gpus_per_renderer:g} GPU each where there are GPUs")  # fmt: skip
+    frozen = len(pending(store, wanted))
+    new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(rows["row_key"]).sum())
     settled = read_settled(store)
+    shards = f"{frozen:,} frozen shards"
+    if new and (settled or c.shard_rows):
+        size = rows_a_shard(
+            new, c.render_workers or 1, settled.micro_batch if settled else 1, settled.rows_per_s if settled else None,
+            c.shard_seconds, c.shard_rows,
+        )  # fmt: skip
+        shards += f" and about {-(-new // size):,} new ones"
+    elif new:
+        shards += " and new ones, cut when a worker has been measured"
+    gpus = f"{c.render_workers * c.gpus_per_renderer:g} GPUs" if c.render_workers else "every GPU (or CPU) there is"
+    say(f"generate: {left:,} of {wanted.num_rows:,} rows to render in {shards}, on {gpus}")
     if settled is None:
         say("generate: no rate is known before the first worker has measured one")
         return
     hours = left / settled.rows_per_s / 3600
-    price = e.compute.price_per_gpu_hour
-    cost = f", cost {hours * e.compute.gpus_per_renderer * price:,.2f}" if price is not None else ""
+    price = gpu_price(settled, c)
+    cost = f", cost {hours * price:,.2f}" if price is not None else ""
     say(f"generate: {hours:.2f} worker hours at {settled.rows_per_s:.2f} images/s a worker{cost}")
+
+
+def gpu_price(settled: Settled | None, compute: Compute) -> float | None:
+    """Price of one worker's hour, or None where no GPU is used or no price is known."""
+    if settled is None or settled.facts.get("device") == "cpu" or compute.price_per_gpu_hour is None:
+        return None
+    return compute.price_per_gpu_hour * compute.gpus_per_renderer
 
 
 def show_status(pipeline: Pipeline) -> None:
@@ -70,11 +90,11 @@ def show_status(pipeline: Pipeline) -> None:
         wanted = selected_rows(pipeline.experiment, pipeline.storage, pipeline.plan, ["row_key"])
     except EnvironmentFault:
         return
-    rows = store.rows()
-    mine = rows[rows["row_key"].isin(wanted.column("row_key").to_pandas())]
-    markers = store.markers(mine.loc[mine["done"].astype(bool), "shard"].unique())
-    done = int(mine["done"].sum())
-    failed = sum(len(m["failed"]) for m in markers.values())
+    markers = store.markers(store.done())
+    index = store.index(markers)
+    mine = index[index["row_key"].isin(wanted.column("row_key").to_pandas())]
+    done, failed = len(mine), int((mine["status"] == "failed").sum())
+    markers = {s: markers[s] for s in mine["shard"].unique()}
     seconds = sum(m["render_seconds"] for m in markers.values())
     say(f"images: {done:,}/{wanted.num_rows:,} committed, {failed:,} failed, {duration(seconds)} of rendering")
     # Rate of the last five minutes: an average over nights and restarts would promise too little.
@@ -86,10 +106,10 @@ def show_status(pipeline: Pipeline) -> None:
         first = min(m["finished"] - m["render_seconds"] for m in recent)
         rate = sum(m["rows"] for m in recent) / max(time.time() - first, 1e-9)
         say(f"rate: {rate:.1f} images/s now, {duration((wanted.num_rows - done) / rate)} left")
-    price = pipeline.experiment.compute.price_per_gpu_hour
+    price = gpu_price(read_settled(store), pipeline.experiment.compute)
     ok = sum(m["ok"] for m in markers.values())
     if price is not None and ok:
-        cost = seconds / 3600 * pipeline.experiment.compute.gpus_per_renderer * price
+        cost = seconds / 3600 * price
         say(f"cost: {cost:,.2f} so far, {1000 * cost / ok:,.3f} per thousand images")
 
 
@@ -110,10 +130,11 @@ def verify_set(pipeline: Pipeline, repair: bool) -> None:
         return
     if repair and verdict.corrupt:
         given_up = give_up(store, verdict)
-        # The artifact vouched for rows that are gone; without its marker `generate` renders and writes it again.
-        if pipeline.generated.complete:
-            pipeline.storage.delete(pipeline.generated.file("_SUCCESS"))
-        say(f"verify: {given_up} corrupt shards given up; `raysynth generate` renders their rows again")
+        say(f"verify: {given_up} corrupt shards given up; `raysynth generate` renders their rows again, for each of:")
+        # These vouched for rows that are gone; without its marker `generate` renders and writes an artifact again.
+        for folder in artifacts_of_set(pipeline.storage, store.path):
+            pipeline.storage.delete(f"{folder}/_SUCCESS")
+            say(f"  {folder}")
         return
     remedy = "`--repair`, then `raysynth generate`" if verdict.corrupt else "`raysynth generate`"
     raise GateFailed(f"verify: {store.path} is not what the plan wants. {remedy} mends it.")

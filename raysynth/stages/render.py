@@ -26,6 +26,8 @@ from raysynth.synth.settle import Settled, read_settled, settle
 from raysynth.synth.shards import ShardRunner
 
 MAX_IDLE_ROUNDS = 2
+PATIENCE_S = 20.0  # a sick worker lets the others start this long before it turns shards away at once
+NAP_S = 10.0  # and holds each shard so long while they work
 MAX_FAULTS = 3  # shards in a row that storage refused; s3fs has retried each request by then
 SUMMED = ("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s")
 CALLS_PER_ACTOR = 2  # one shard renders while the other loads, encodes and commits
@@ -52,21 +54,19 @@ class RenderActor:
 
     def __init__(self, job: RenderJob) -> None:
         self.refusal = self.sickness = ""
-        self.naps = 0
+        self.job, self.born = job, time.monotonic()
         self.runner: ShardRunner | None = None
         try:
             renderer = job.factory()
             settled = job.settle(renderer)
+            self.sickness = canary_fault(renderer, settled.micro_batch) or ""
+            self.runner = ShardRunner(job.store, renderer, settled.micro_batch)
+            self.waves = {w.number: w for w in job.store.waves()}
         except EnvironmentFault as error:
             # Raised here it would reach the user as an actor's death; as a row it keeps its words.
             self.refusal = str(error)
-            return
-        except SickWorker as error:
-            self.sickness = str(error)
-            return
-        self.sickness = canary_fault(renderer, settled.micro_batch) or ""
-        self.runner = ShardRunner(job.store, renderer, settled.micro_batch)
-        self.waves = {w.number: w for w in job.store.waves()}
+        except Exception as error:  # noqa: BLE001 - one bad device must not end the others' run
+            self.sickness = f"{type(error).__name__}: {error}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         wave, shard = int(batch["wave"][0]), int(batch["shard"][0])
@@ -76,9 +76,7 @@ class RenderActor:
         if self.refusal:
             return _uncommitted("refused", shard, self.refusal)
         if self.sickness:
-            # A sick worker answers at once and would drain the queue before the healthy ones get a shard.
-            self.naps += 1
-            time.sleep(min(2.0**self.naps, 30.0))
+            self._let_others_work()
             return _uncommitted("sick", shard, self.sickness)
         assert self.runner is not None
         try:
@@ -90,6 +88,17 @@ class RenderActor:
             if not is_storage_fault(error):
                 raise
             return _uncommitted("storage", shard, f"{type(error).__name__}: {error}")
+
+
+    def _let_others_work(self) -> None:
+        """A sick worker that answered at once would drain the queue before the healthy ones get a shard."""
+        before = len(self.job.store.done())
+        while time.monotonic() - self.born < PATIENCE_S:
+            time.sleep(1.0)
+            if len(self.job.store.done()) > before:
+                self.born = time.monotonic()  # others work: go on being patient
+                time.sleep(NAP_S)
+                return
 
 
 def _uncommitted(outcome: str, shard: int, reason: str) -> dict[str, Any]:
@@ -116,8 +125,8 @@ def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Sett
     def measure() -> Settled | str:
         try:
             return job.settle(job.factory())
-        except (EnvironmentFault, SickWorker) as error:
-            return str(error)
+        except Exception as error:  # noqa: BLE001 - told in words, below
+            return f"{type(error).__name__}: {error}"
 
     found: Settled | str = ""
     for _ in range(MAX_IDLE_ROUNDS):
@@ -147,9 +156,15 @@ def run_rounds(
         EnvironmentFault: a renderer refuses its render.json, or no worker is fit to work.
     """
     sums = dict.fromkeys(SUMMED, 0.0)
-    idle, faults, began = 0, 0, time.perf_counter()
+    idle, faults, sick, began = 0, 0, 0, time.perf_counter()
     while shards := pending():
         moved, reason = 0, ""
+        if sick:
+            # A sick actor may be the first to be ready and take as many shards as fit in its queue: let there be
+            # copies for the healthy ones. A copy of a shard that is done answers "already".
+            workers, _, _ = worker_shape(compute, resources)
+            shards = shards * max(2, math.ceil(workers * TASKS_PER_ACTOR / len(shards)))
+        sick = 0
         for row in _round(job, shards[::-1] if backwards else shards, compute, resources):
             if row["outcome"] == "refused":
                 raise EnvironmentFault(row["reason"])
@@ -159,6 +174,7 @@ def run_rounds(
                     f"root {job.store.storage.root}: {row['reason']}. Nothing is lost: mend the storage, then the "
                     "same command goes on from here."
                 )
+            sick += row["outcome"] == "sick"
             moved += row["outcome"] in ("committed", "already", "second opinion")
             reason = row["reason"] or reason
             for key in SUMMED:
@@ -166,9 +182,10 @@ def run_rounds(
             progress.advance(int(row["ok"] + row["failed"] + row["rejected"]), failed=int(row["failed"]))
         idle = 0 if moved else idle + 1
         if idle >= MAX_IDLE_ROUNDS:
+            what = "no render worker passes its canary" if sick else f"root {job.store.storage.root} cannot be used"
             raise EnvironmentFault(
-                f"no render worker passes its canary ({reason}). Check the device and the weights; nothing is lost, "
-                "the same command goes on from here."
+                f"{what} ({reason}). Check the {'device and the weights' if sick else 'storage'}; nothing is lost, the "
+                "same command goes on from here."
             )
     return sums | {"wall_s": time.perf_counter() - began}
 

@@ -6,16 +6,21 @@ workers, so it lives here and not in the tests.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from raysynth.synth.renderer import Row
+
+HELD: list[IO[str]] = []
+"""Locks of sick devices, kept until the process ends."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class FakeRenderer:
     """A larger micro-batch is out of memory."""
     sick_file: str = ""
     """The first process to create this file is sick for life: every image is NaN at once."""
+    sick_device: str = ""
+    """File of a sick device: whichever process holds its lock gives NaN, and the next one after its death."""
     flavour: int = 0
     """Another number gives other bytes for the same seeds (a zombie on other hardware)."""
     log: str = ""
@@ -51,6 +58,13 @@ class FakeRenderer:
                 self.sick = True
             except FileExistsError:
                 self.sick = Path(self.sick_file).read_text() == str(os.getpid())
+
+        if self.sick_device:
+            held = open(self.sick_device, "a")  # noqa: SIM115 - held for the life of the process
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.sick = True
+                HELD.append(held)
 
     def facts(self) -> dict[str, Any]:
         return {"device": "fake", "flavour": self.flavour}

@@ -129,6 +129,8 @@ class ShardRunner:
         timing: Timing,
     ) -> dict[str, Any]:
         with self.device:
+            if self.store.marker(shard) is not None:  # by the call that held the device, or another driver
+                return self._statistics("already", shard, timing, [])
             began = time.perf_counter()
             attempt.begin()
             try:

@@ -80,7 +80,7 @@ def test_a_real_generator_on_disk_and_s3(ray_session: None, any_root: str, tmp_p
     assert before.items() <= images(synthetic_set(more, storage, generator)).items()
     # One process without Ray renders the first shard to the same pixels.
     store = synthetic_set(more, storage, generator)
-    renderer = make_renderer(storage, generator.file("export"), more, gpu=False)
+    renderer = make_renderer(storage, generator.path, store.identity["generator_id"], more, gpu=False, threads=1)
     from raysynth.synth.shards import ShardRunner
 
     alone = synthetic_set(more, open_storage(str(tmp_path / "alone")), generator)

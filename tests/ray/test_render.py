@@ -111,6 +111,31 @@ def test_a_sick_actor_fails_no_row(ray_session: None, tmp_path: Path, reference:
     assert images(store) == of(reference, [k for k in KEYS if k != KEYS[3]])
 
 
+def test_a_sick_device_among_healthy_ones(ray_session: None, tmp_path: Path, reference: dict) -> None:
+    """Whatever process runs on it is sick, restarted or not; the last shard must find the healthy one."""
+    store = synthetic_set(str(tmp_path / "set"))
+    renderer = partial(FakeRenderer, sick_device=str(tmp_path / "device"))
+    render(store, WANTED, renderer, TWO, CLUSTER)
+    assert images(store) == of(reference, KEYS)
+    assert store.index()["status"].eq("ok").all()
+
+
+def test_a_row_that_breaks_its_device(ray_session: None, tmp_path: Path, reference: dict) -> None:
+    """After it the process lives, but renders nothing any more: it is found and the run ends."""
+    store = synthetic_set(str(tmp_path))
+    render(store, wanted_rows(replicas=1), partial(FakeRenderer, breaking=(KEYS[9],)), TWO, CLUSTER)
+    index = store.index()
+    assert index.loc[index["status"] != "ok", "row_key"].tolist() == [KEYS[9]]
+
+
+def test_a_renderer_that_cannot_start_ends_with_words(ray_session: None, tmp_path: Path) -> None:
+    store = synthetic_set(str(tmp_path))
+    broken = partial(FakeRenderer, sick_file=str(tmp_path / "no" / "such" / "folder"))
+    with pytest.raises(EnvironmentFault, match=r"FileNotFoundError.*no/such/folder"):
+        render(store, wanted_rows(n=3, replicas=1), broken, Compute(render_workers=1, micro_batch=4, shard_rows=8),
+               CLUSTER)  # fmt: skip
+
+
 def test_sick_everywhere_ends_with_words(ray_session: None, tmp_path: Path) -> None:
     store = synthetic_set(str(tmp_path))
     broken = partial(FakeRenderer, broken=("canary",))

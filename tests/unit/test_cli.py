@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from raysynth.cli import environment_fault
 from raysynth.stages.noise import without_ray_noise
 
 QUICKSTART = str(Path(__file__).parents[2] / "raysynth" / "quickstart.yaml")
@@ -53,6 +54,26 @@ def test_dry_run_and_status_before_anything_exists(tmp_path: Path) -> None:
 def test_ls_and_gc_of_an_empty_root(tmp_path: Path) -> None:
     assert raysynth("ls", str(tmp_path)).returncode == 0
     assert "0 orphan files" in raysynth("gc", str(tmp_path)).stdout
+
+
+def test_what_counts_as_environment() -> None:
+    import ray.exceptions
+    from botocore.exceptions import NoCredentialsError
+
+    class RayTaskError(ray.exceptions.RayTaskError):
+        def __init__(self, text: str) -> None:
+            self.text = text
+
+        def __str__(self) -> str:
+            return f"ray::decode() (pid=1)\n  File x, line 1\n{self.text}"
+
+    assert environment_fault(RayTaskError("OSError: [Errno 28] No space left on device"))
+    assert environment_fault(RayTaskError("botocore.exceptions.EndpointConnectionError: Could not connect"))
+    assert environment_fault(NoCredentialsError())
+    assert environment_fault(ConnectionResetError("reset"))
+    assert environment_fault(ray.exceptions.ActorDiedError())
+    assert environment_fault(RayTaskError("KeyError: 'rank'")) is None
+    assert environment_fault(KeyError("rank")) is None
 
 
 def test_noise_filter_drops_known_lines_only(capfd: pytest.CaptureFixture) -> None:
