@@ -31,6 +31,9 @@ SUFFIXES = frozenset(
 PERCENTILES = (0.5, 99.5)
 
 
+FULL_16_BIT = 65535.0
+
+
 class BadImage(Exception):
     """These bytes are no usable image; `reason` goes to the quarantine table."""
 
@@ -47,6 +50,8 @@ class Decoded:
     """(H, W, C) uint8."""
     value_lo: float
     value_hi: float
+    highest: float
+    """The largest value stored in the file."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class Prepared:
     pixel_sha256: str
     value_lo: float
     value_hi: float
+    highest: float
     phash: int
     """64 bits."""
 
@@ -138,17 +144,17 @@ def _scaled(values: np.ndarray, percentile: bool) -> Decoded:
     lowest, highest = float(values.min()), float(values.max())
     if lowest == highest:
         raise BadImage(f"blank: every pixel is {lowest:g}")
-    lo, hi = {"uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}.get(values.dtype.name, (lowest, highest))
+    lo, hi = {"uint8": (0.0, 255.0), "uint16": (0.0, FULL_16_BIT)}.get(values.dtype.name, (lowest, highest))
     if percentile:
         low, high = (float(v) for v in np.percentile(values, PERCENTILES))
         # A small mark on an empty film: its percentiles are one value.
         lo, hi = (low, high) if high > low else (lowest, highest)
     if values.dtype == np.uint8 and (lo, hi) == (0.0, 255.0):
-        return Decoded(values, lo, hi)
+        return Decoded(values, lo, hi, highest)
     if values.dtype == np.float32:
-        return Decoded(_to_bytes(values, lo, hi), lo, hi)
+        return Decoded(_to_bytes(values, lo, hi), lo, hi, highest)
     table = _to_bytes(np.arange(np.iinfo(values.dtype).max + 1), lo, hi)
-    return Decoded(table[values], lo, hi)
+    return Decoded(table[values], lo, hi, highest)
 
 
 def _to_bytes(values: np.ndarray, lo: float, hi: float) -> np.ndarray:
@@ -220,5 +226,5 @@ def prepare(data: bytes, spec: ImageSpec) -> Prepared:
     png = encode_png(array)
     return Prepared(
         png, array.shape[0], array.shape[1], sha256_bytes(png), pixel_sha256(array),
-        decoded.value_lo, decoded.value_hi, perceptual_hash(decoded.array),
+        decoded.value_lo, decoded.value_hi, decoded.highest, perceptual_hash(decoded.array),
     )  # fmt: skip

@@ -30,6 +30,7 @@ from raysynth.core.schemas import ATTRIBUTE, from_parquet, image_schema, to_parq
 from raysynth.core.storage import Storage
 from raysynth.data.attributes import categories
 from raysynth.data.grouping import patients_and_units
+from raysynth.data.images import FULL_16_BIT
 from raysynth.data.labels import label_array
 from raysynth.data.quarantine import Quarantine
 from raysynth.data.sources import SourceListing, list_source, require_positives
@@ -194,13 +195,13 @@ def _assign(
     result = assign_splits(units, patients, fixed, labels == 1, data.split)
     quarantine.add({facts["row"][i].as_py(): why for i, why in result.conflicts.items()})
     columns = {"split": result.split, "patient_id": patients}
-    columns |= {name: facts[name] for name in FACTS.names if name not in ("reason", "phash")}
+    columns |= {name: facts[name] for name in FACTS.names if name not in ("reason", "phash", "highest")}
     table = rows.drop_columns(["split", "patient", "location"])
     for name, column in columns.items():
         table = table.append_column(name, column if isinstance(column, pa.ChunkedArray) else pa.array(column))
     kept = np.array([i not in result.conflicts for i in range(table.num_rows)], bool)
     table = table.filter(pa.array(kept))
-    notes = list(listing.notes)
+    notes = [*listing.notes, *_dark(facts)]
     if by == "hash":
         notes.append("patients are told apart by near-identical pictures only; map data.columns.patient if you can")
     if result.carved:
@@ -209,6 +210,19 @@ def _assign(
         data.labels.kind, listing.classes, labels[kept] == 1, table["split"].to_pylist(), fixed
     )
     return table, by, notes
+
+
+def _dark(facts: pa.Table) -> list[str]:
+    """A note on 16-bit images that use less than a quarter of their range, as 12-bit films do."""
+    wide = facts.filter(pc.equal(facts["value_hi"], FULL_16_BIT))
+    dark = wide.filter(pc.less(wide["highest"], FULL_16_BIT / 4))
+    if not dark.num_rows:
+        return []
+    return [
+        f"{dark.num_rows:,} of {wide.num_rows:,} 16-bit images stay below a quarter of their range (none above "
+        f"{pc.max(dark['highest']).as_py():g}) and are stored nearly black; data.image.value_range=percentile uses "
+        "each image's own range"
+    ]
 
 
 def _write_parts(

@@ -211,6 +211,10 @@ def test_interrupted_between_the_passes(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr(stage, "_write_parts", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             ingest(e, broken)
+    # One slice as a worker leaves it that a picture has ended.
+    slices = [p.path for p in broken.list() if "/work/" in p.path]
+    broken.delete(slices[1])
+    broken.put(slices[1] + ".begun", b"")
     artifact = ingest(e, broken)
     found = files(broken, artifact.path)
     assert found.keys() == expected.keys()

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
 from raysynth.core.config import build_experiment
 from raysynth.core.experiment import Data, ImageSpec
+from raysynth.core.identity import sha256_bytes
 from raysynth.core.storage import open_storage
+from raysynth.data.images import prepare
 from raysynth.data.quarantine import reason_kind
 from raysynth.data.reading import ImageReader
-from raysynth.stages.ingest import _slices, ingest_artifact, part_rows
+from raysynth.stages.ingest import STAGE_VERSION, _dark, _slices, ingest_artifact, part_rows
+from raysynth.stages.ingest_tasks import decode_slice, guarded
+from tests.dying import ends_its_process
 
 
 @pytest.fixture
@@ -83,6 +92,62 @@ def test_slices_cover_all_rows_and_no_part_boundary_cuts_them(rows_per_task: int
 def test_parts_hold_fewer_large_pictures() -> None:
     sizes = [part_rows(ImageSpec(size=s, channels="rgb")) for s in (8, 256, 512, 2048)]
     assert sizes == [4096, 682, 170, 64]
+
+
+def test_a_picture_that_ends_the_process_is_given_a_reason_and_the_others_are_decoded() -> None:
+    found = guarded(ends_its_process, ["a", "segfault", "b", "lost"])
+    assert [next(found) for _ in range(3)] == [
+        {"png": b"a"},
+        {"reason": f"undecodable: it ended the decoding process (exit code {-signal.SIGSEGV})"},
+        {"png": b"b"},
+    ]
+    with pytest.raises(ConnectionError, match="the store is gone"):
+        next(found)
+
+
+def test_a_slice_that_was_begun_before_is_decoded_to_the_same_bytes(root: str) -> None:
+    data, files = Data(kind="class_folders", path=f"{root}/pics", image=ImageSpec(size=16)), []
+    batch = pa.Table.from_pylist([{"file": "work/s.parquet", "start": 0, "locations": ["a/0.png", "b/1.png"]}])
+    for name in ("first", "again"):
+        storage = open_storage(f"{root}/{name}")
+        if name == "again":
+            storage.put("work/s.parquet.begun", b"")
+        facts = decode_slice(batch, storage, data)
+        assert facts["reason"].null_count == 2
+        assert [e.path for e in storage.list()] == ["work/s.parquet"]
+        files.append(storage.get("work/s.parquet"))
+    assert files[0] == files[1]
+
+
+def test_dark_16_bit_images_are_noted() -> None:
+    def facts(*images: tuple[float, float]) -> pa.Table:
+        return pa.table({
+            "value_hi": pa.array([i[0] for i in images], pa.float32()),
+            "highest": pa.array([i[1] for i in images], pa.float32()),
+        })  # fmt: skip
+
+    bright = [(255.0, 40.0), (65535.0, 65535.0), (4000.0, 4095.0)]
+    assert _dark(facts(*bright)) == []
+    (note,) = _dark(facts(*bright, (65535.0, 4095.0), (65535.0, 900.0)))
+    assert note.startswith("2 of 3 16-bit images stay below a quarter of their range (none above 4095)")
+    assert "data.image.value_range=percentile" in note
+
+
+GOLDEN = {2: "38814f61a9c15be70c9dba106278b1175479d28e248253d55a22d8d0be5ae2eb"}
+"""Ingest's version -> the pixels it stores. Other pixels need another version: artifacts are named by it."""
+
+
+def test_stored_pixels_change_only_with_the_version() -> None:
+    reader = ImageReader(Data(kind="digits"))
+    ramp = (np.add.outer(np.arange(40) * 1500, np.arange(30) * 60) % 65536).astype(np.uint16)
+    sink = io.BytesIO()
+    Image.fromarray(ramp).save(sink, "PNG")
+    found = [
+        prepare(data, ImageSpec(**spec)).pixel_sha256
+        for data in (*(reader.read(f"digits#{i}") for i in range(3)), sink.getvalue())
+        for spec in ({"size": 20}, {"size": 6, "preset": "chest"}, {"size": 12, "preset": "skin"})
+    ]
+    assert sha256_bytes("".join(found).encode()) == GOLDEN[STAGE_VERSION]
 
 
 def test_reasons_are_counted_by_kind() -> None:
