@@ -46,20 +46,24 @@ class ConditionSpec:
 
     @classmethod
     def build(
-        cls, vocabulary: Mapping[str, Any], conditions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+        cls,
+        vocabulary: Mapping[str, Any],
+        conditions: Sequence[str],
+        columns: Mapping[str, Sequence[Any]],
+        policy: Mapping[str, str],
     ) -> ConditionSpec:
         """The layout for `generator.conditions` over a data set's vocabulary.
 
         Args:
-            vocabulary: ingest's `vocabulary.json`: kind, classes, policy, attributes.
+            vocabulary: ingest's `vocabulary.json`: kind, classes, attributes.
             conditions: `label` and attribute names.
             columns: the training images' `label_*` and `attr_*` columns: what the generator will see.
+            policy: the experiment's `data.labels.policy`.
 
         Raises:
             ConfigError: an attribute that the data does not have.
         """
         classes: list[str] = list(vocabulary["classes"]) if "label" in conditions else []
-        policy = dict(vocabulary.get("policy") or {})
         seen = [c for c in classes if (_labels(columns, c, policy.get(c, "ignore")) == 1).any()]
         known: Mapping[str, Sequence[str]] = vocabulary.get("attributes") or {}
         attributes: dict[str, list[str]] = {}
@@ -77,7 +81,7 @@ class ConditionSpec:
             raise ConfigError(
                 "generator.conditions", AGE, "an attribute of the data", "Map data.columns.attributes.age."
             )
-        return cls(vocabulary["kind"], classes, seen, policy, attributes, AGE in conditions)
+        return cls(vocabulary["kind"], classes, seen, dict(policy), attributes, AGE in conditions)
 
     @property
     def entries(self) -> list[str]:
@@ -143,7 +147,7 @@ class ConditionSpec:
             if name not in self.seen and (values[:, i] == 1).any():
                 raise DataError(
                     "label", name, f"a class the generator has seen: {', '.join(self.seen) or 'none'}",
-                    "Train the generator on images of it, or leave it out of the plan.",
+                    "Use another generator.train_on or a smaller training_set, or leave it out of data.labels.",
                 )  # fmt: skip
         positive, missing = (values == 1).astype(np.float32), (values == -1).astype(np.float32)
         if self.kind == "multi":
@@ -161,7 +165,7 @@ class ConditionSpec:
             else:
                 raise DataError(
                     ATTRIBUTE + name, value, f"a category the generator has seen: {', '.join(categories) or 'none'}",
-                    "Train the generator on images that have it, or leave it out of the plan.",
+                    "Use another generator.train_on, or leave it out of generator.conditions.",
                 )  # fmt: skip
         return encoded
 

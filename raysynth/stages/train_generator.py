@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,8 @@ from raysynth.core.progress import say
 from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet
 from raysynth.core.storage import S3Storage, Storage
 from raysynth.data.conditions import ConditionSpec
+from raysynth.data.labels import check_policy
+from raysynth.data.plans import plan_sources
 from raysynth.data.subsets import generator_rows
 from raysynth.stages import training_loop
 from raysynth.stages.training_log import TrainingLog
@@ -34,6 +36,8 @@ STAGE = "train-generator"
 STAGE_VERSION = 2
 WORKER_FAILURES = 3
 """Times that Ray Train restarts the workers from the last checkpoint."""
+START_FAILURES = 5
+"""Times that Ray Train waits (a minute each) for workers that do not start; its own default is for ever."""
 
 
 def generator_artifact(experiment: Experiment, storage: Storage, images: Artifact) -> Artifact:
@@ -42,7 +46,11 @@ def generator_artifact(experiment: Experiment, storage: Storage, images: Artifac
     Args:
         images: a complete ingest artifact.
     """
-    config: dict[str, Any] = {"generator": _resolved(experiment)}
+    generator = dataclasses.asdict(_resolved(experiment))
+    # A preset is a word for its values: typed out, they are the same generator.
+    del generator["preset"]
+    policy = {name: use for name, use in experiment.data.labels.policy.items() if use != "ignore"}
+    config: dict[str, Any] = {"generator": generator, "policy": policy}
     if experiment.generator.train_on != "train":
         config["training_set"] = experiment.training_set
     return Artifact.at(storage, STAGE, experiment.name, STAGE_VERSION, config, {"images": images.digest()})
@@ -55,8 +63,9 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
 
     Raises:
         ConfigError: the batch cannot be shared among the workers; the loss diverged.
-        DataError: an image of a validation or test patient was selected.
-        EnvironmentFault: workers died more often than they are restarted.
+        DataError: an image of a validation or test patient was selected; the plan would ask for a class or category
+            of which the generator sees no image.
+        EnvironmentFault: the cluster has no room for the workers; they died more often than they are restarted.
     """
     artifact = generator_artifact(experiment, storage, images)
     if artifact.complete:
@@ -66,8 +75,11 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
     ids = generator_rows(table, experiment)
     rows = training_rows(table, ids)
     vocabulary = json.loads(storage.get(images.file("vocabulary.json")))
-    columns = {n: rows[n].to_pylist() for n in rows.column_names if n.startswith((LABEL, ATTRIBUTE))}
-    spec = ConditionSpec.build(vocabulary, generator.conditions, columns)
+    labels = experiment.data.labels
+    check_policy(labels, vocabulary["classes"])
+    spec = ConditionSpec.build(vocabulary, generator.conditions, _columns(rows), labels.policy)
+    # Refuses now what rendering would refuse row by row, after hours of training.
+    spec.encode(_columns(plan_sources(table, experiment)))
     workers, gpu = _workers(generator, experiment.compute)
     if not storage.exists(artifact.file("export.json")):
         view = build_view(experiment, storage, images, generator.size or 0, ids)
@@ -77,8 +89,9 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
             "ids_digest": content_digest((i, "") for i in ids), "channels": channels,
             "licence": experiment.data.licence, "dataset": experiment.data.dataset or experiment.name,
         }  # fmt: skip
-        say(f"{STAGE}: {len(ids):,} real images ({generator.train_on}), {generator.steps:,} steps of "
-            f"{generator.batch_size}, {max(1, workers)} {'GPU' if gpu else 'CPU'} process(es)")  # fmt: skip
+        say(f"{STAGE}: {len(ids):,} real images ({generator.train_on}: {per_class(rows, vocabulary['classes'])}), "
+            f"{generator.steps:,} steps of {generator.batch_size}, {max(1, workers)} "
+            f"{'GPU' if gpu else 'CPU'} process(es)")  # fmt: skip
         every = experiment.compute.checkpoint_every
         with TrainingLog(storage, artifact.file("log"), STAGE, generator.steps, every) as log:
             task = training_loop.Task(
@@ -115,11 +128,26 @@ def _resolved(experiment: Experiment) -> Generator:
     return resolve_generator(experiment.generator, resolve_image(experiment.data.image))
 
 
+def _columns(rows: pa.Table) -> dict[str, list[Any]]:
+    return {n: rows[n].to_pylist() for n in rows.column_names if n.startswith((LABEL, ATTRIBUTE))}
+
+
+def per_class(rows: pa.Table, classes: Sequence[str]) -> str:
+    """How many images are positive for each class or finding, for people."""
+    counts = {c: pc.sum(pc.equal(rows[LABEL + c], 1)).as_py() or 0 for c in classes}
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
 def _workers(generator: Generator, compute: Compute) -> tuple[int, bool]:
     import ray
 
-    gpus = 0 if compute.use_gpu is False else int(ray.cluster_resources().get("GPU", 0))
-    workers = compute.train_workers if compute.train_workers is not None else gpus or 1
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    on_gpu = compute.use_gpu is not False and any(node.get("GPU", 0) >= 1 for node in nodes)
+    one = _resources(compute, on_gpu)
+    room = slots(nodes, one)
+    workers = compute.train_workers
+    if workers is None:
+        workers = sharing_workers(generator.batch_size // compute.train_accumulation, room if on_gpu else 1)
     pieces = max(1, workers) * compute.train_accumulation
     if generator.batch_size % pieces:
         raise ConfigError(
@@ -127,7 +155,28 @@ def _workers(generator: Generator, compute: Compute) -> tuple[int, bool]:
             f"divisible by training processes x accumulation ({pieces})",
             "Set compute.train_workers to a divisor, or change the batch knowingly.",
         )  # fmt: skip
-    return workers, gpus > 0 and workers > 0
+    if workers > room:
+        each = " and ".join(f"{n:g} {kind}" for kind, n in one.items())
+        raise EnvironmentFault(
+            f"compute.train_workers: got {workers}, must be at most {room}: that many processes of {each} each fit "
+            f"the cluster's {len(nodes)} node(s). Lower it or compute.train_threads, or add nodes."
+        )
+    return workers, on_gpu and workers > 0
+
+
+def _resources(compute: Compute, gpu: bool) -> dict[str, float]:
+    """What one training process takes."""
+    return {"CPU": compute.train_threads or 1} | ({"GPU": 1} if gpu else {})
+
+
+def slots(nodes: Sequence[Mapping[str, float]], one: Mapping[str, float]) -> int:
+    """How many processes that each take `one` fit on nodes with these resources in all."""
+    return sum(min(int(node.get(kind, 0) // wanted) for kind, wanted in one.items()) for node in nodes)
+
+
+def sharing_workers(batch: int, room: int) -> int:
+    """The most processes, at most `room`, that share a batch equally; at least one."""
+    return max((n for n in range(1, min(batch, room) + 1) if batch % n == 0), default=1)
 
 
 def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) -> None:
@@ -145,20 +194,20 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
         # Through s3fs, because pyarrow's own S3 ignores the endpoint of stores other than AWS.
         filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
         place = place.removeprefix("s3://")
-    resources: dict[str, float] = {"CPU": task.compute.train_threads or 1}
-    if gpu:
-        resources["GPU"] = 1
     trainer = TorchTrainer(
         training_loop.train,
-        train_loop_config={"task": task, "gpu": gpu, "local": workers == 0},
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker=resources),
+        train_loop_config={"task": task, "gpu": gpu},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=gpu, resources_per_worker=_resources(task.compute, gpu)
+        ),
         run_config=ray.train.RunConfig(
             # The identity is in the name: under an old name Ray would hand back another config's result.
             name=f"run-{artifact.fp}",
             storage_path=place,
             storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(max_failures=WORKER_FAILURES),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=WORKER_FAILURES, controller_failure_limit=START_FAILURES
+            ),
         ),
     )
     try:

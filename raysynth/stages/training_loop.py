@@ -69,10 +69,10 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         training = DDPMTraining(task.generator, task.spec.null, int(task.facts["channels"]), device)
         if world > 1:
             training.distribute()
-        _resume(task, training, config["local"])
+        _resume(task, training)
         if rank == 0:
             task.queue.put({"resumed": training.step})
-        loop = Loop(task, training, view, world, rank, config["local"])
+        loop = Loop(task, training, view, world, rank)
         diverged = loop.run()
         if diverged is None and rank == 0:
             _export(task, training)
@@ -85,18 +85,18 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 class Loop:
     """Steps of one process until `generator.steps`."""
 
-    def __init__(self, task: Task, training: Any, view: View, world: int, rank: int, local: bool) -> None:
+    def __init__(self, task: Task, training: Any, view: View, world: int, rank: int) -> None:
         self.task, self.training, self.view, self.rank, self.world = task, training, view, rank, world
-        self.local = local
         columns = view.columns()
         self.conditions = task.spec.encode(columns)
         generator = task.generator
         self.order = order_for(
-            columns, task.classes, len(view), generator.class_balanced, generator.seed, generator.batch_size
-        )
+            columns, task.classes, len(view), generator.class_balanced, generator.seed, generator.batch_size,
+            task.spec.policy,
+        )  # fmt: skip
         share = generator.batch_size // world
         self.mine = np.arange(rank * share, (rank + 1) * share)
-        groups = label_groups(columns, task.classes) if task.classes else [np.arange(len(view))]
+        groups = label_groups(columns, task.classes, task.spec.policy) if task.classes else [np.arange(len(view))]
         firsts = [int(g[0]) for g in groups if len(g)][:GRID_CONDITIONS]
         self.grid = self.conditions[firsts]
         self.losses: Any = 0.0
@@ -144,40 +144,25 @@ class Loop:
     def _checkpoint(self) -> None:
         import ray.train
 
-        metrics = {"step": self.training.step}
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory(prefix="raysynth-ckpt-") as folder:
-            file = Path(folder) / STATE
-            self.training.save(str(file))
-            if self.local:
-                # Ray's local mode keeps no checkpoints; ours is replaced whole.
-                self.task.storage.put(local_checkpoint(self.task.artifact), file.read_bytes())
-                ray.train.report(metrics)
-            else:
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def local_checkpoint(artifact: str) -> str:
-    """Where a run in the driver's own process keeps its state."""
-    return f"{artifact}/checkpoints/local.pt"
-
-
-def _resume(task: Task, training: Any, local: bool) -> None:
-    import ray.train
-
-    if local:
-        if task.storage.exists(local_checkpoint(task.artifact)):
+        if self.rank == 0:
             with tempfile.TemporaryDirectory(prefix="raysynth-ckpt-") as folder:
                 file = Path(folder) / STATE
-                file.write_bytes(task.storage.get(local_checkpoint(task.artifact)))
-                training.load(str(file))
-        return
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            training.load(str(Path(folder) / STATE))
+                self.training.save(str(file))
+                self.task.storage.put(state_file(self.task.artifact), file.read_bytes())
+        ray.train.report({"step": self.training.step})
+
+
+def state_file(artifact: str) -> str:
+    """Where a run keeps its state, replaced whole; Ray's own checkpoints would not be seen by its local mode."""
+    return f"{artifact}/checkpoints/{STATE}"
+
+
+def _resume(task: Task, training: Any) -> None:
+    if task.storage.exists(state_file(task.artifact)):
+        with tempfile.TemporaryDirectory(prefix="raysynth-ckpt-") as folder:
+            file = Path(folder) / STATE
+            file.write_bytes(task.storage.get(state_file(task.artifact)))
+            training.load(str(file))
 
 
 def _export(task: Task, training: Any) -> None:

@@ -1,4 +1,4 @@
-"""A driver process of its own that trains a small generator: `python -m tests.ray.generator_driver ROOT CACHE`."""
+"""A driver process that trains a small generator: `python -m tests.ray.generator_driver ROOT CACHE WORKERS`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def small_experiment(root: str, cache: str, **compute: Any) -> Experiment:
         "name": "d", "root": root,
         "data": {
             "kind": "digits", "image": {"size": 8, "channels": "grey"}, "columns": {"attributes": {"sex": "sex"}},
+            "labels": {"policy": {"0": "zeros"}},
         },
         "generator": {
             "train_on": "train", "base_channels": 8, "channel_multipliers": [1, 2], "steps": 150, "batch_size": 16,
@@ -34,7 +35,7 @@ def main() -> None:
     from raysynth.stages.train_generator import train_generator
     from tests.digits import digit_artifact
 
-    experiment = small_experiment(sys.argv[1], sys.argv[2])
+    experiment = small_experiment(sys.argv[1], sys.argv[2], train_workers=int(sys.argv[3]))
     storage = open_storage(experiment.root)
     cluster.connect(experiment.compute)
     train_generator(experiment, storage, digit_artifact(storage))

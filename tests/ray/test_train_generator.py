@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import ConfigError
+from raysynth.core.errors import ConfigError, EnvironmentFault
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.images import decode_png
@@ -65,6 +65,7 @@ def test_what_a_run_leaves(uninterrupted: Artifact) -> None:
     assert facts["train_on"] == "train"
     spec = ConditionSpec.from_json(storage.get(uninterrupted.file("export/condition.json")))
     assert spec.attributes == {"sex": ["F", "M"]}
+    assert spec.policy == {"0": "zeros"}
     rows = curve(uninterrupted)
     assert [r["step"] for r in rows][-2:] == [140, 150]
     assert np.mean([r["loss"] for r in rows[-3:]]) < 0.75 * rows[0]["loss"]
@@ -102,6 +103,22 @@ def test_a_batch_that_cannot_be_shared_is_refused(ray_session: None, tmp_path: P
         train_generator(experiment, storage, digit_artifact(storage))
 
 
+def test_more_workers_than_fit_are_refused_at_once(ray_session: None, tmp_path: Path) -> None:
+    experiment = small_experiment(str(tmp_path), str(tmp_path), train_workers=8)
+    storage = open_storage(experiment.root)
+    with pytest.raises(EnvironmentFault, match=r"compute.train_workers: got 8, must be at most 4.*1 CPU each.*Lower"):
+        train_generator(experiment, storage, digit_artifact(storage))
+
+
+def test_a_loss_that_diverges_names_the_learning_rate(ray_session: None, tmp_path: Path) -> None:
+    experiment = small_experiment(str(tmp_path / "runs"), str(tmp_path / "cache"), train_workers=0)
+    object.__setattr__(experiment.generator, "lr", 1e30)
+    storage = open_storage(experiment.root)
+    with pytest.raises(ConfigError, match=r"generator.lr: got 1e\+30.*not finite at step 10\. Try a third"):
+        train_generator(experiment, storage, digit_artifact(storage))
+    assert not any(e.path.endswith(("_SUCCESS", "training.pt")) for e in storage.list("train-generator"))
+
+
 def when(condition: Callable[[], bool], timeout_s: float = 240) -> None:
     """Waits for it."""
     end = time.monotonic() + timeout_s
@@ -110,8 +127,8 @@ def when(condition: Callable[[], bool], timeout_s: float = 240) -> None:
         time.sleep(0.05)
 
 
-def checkpoints(storage: Storage) -> int:
-    return sum("/checkpoint_" in e.path and e.path.endswith("training.pt") for e in storage.list("train-generator"))
+def checkpointed(storage: Storage) -> bool:
+    return any(e.path.endswith("checkpoints/training.pt") for e in storage.list("train-generator"))
 
 
 def own_train_worker() -> int | None:
@@ -135,7 +152,7 @@ def test_a_killed_worker_goes_on_to_the_same_weights(uninterrupted: Artifact, tm
     killed: list[int] = []
 
     def kill() -> None:
-        when(lambda: checkpoints(storage) > 0)
+        when(lambda: checkpointed(storage))
         pid = own_train_worker()
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
@@ -157,20 +174,22 @@ def test_a_killed_driver_goes_on_to_the_same_weights_on_s3(
 ) -> None:
     storage = open_storage(s3_root)
     command = [sys.executable, "-m", "tests.ray.generator_driver", s3_root, str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
     with open(tmp_path / "first.txt", "w") as out:
-        first = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
-        # The second checkpoint is begun when the first is known to Ray.
-        when(lambda: checkpoints(storage) > 1 or first.poll() is not None)
+        first = subprocess.Popen([*command, "1"], cwd=root, stdout=out, stderr=out)
+        when(lambda: checkpointed(storage) or first.poll() is not None)
         first.send_signal(signal.SIGKILL)
         first.wait(30)
     assert first.returncode == -signal.SIGKILL, (tmp_path / "first.txt").read_text()
     assert not any(e.path.endswith("_SUCCESS") for e in storage.list("train-generator"))
-    second = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    # What a Train worker had saved, the driver's own process goes on from.
+    second = subprocess.run([*command, "0"], cwd=root, capture_output=True, text=True, check=False)
     assert second.returncode == 0, second.stderr
     experiment = small_experiment(s3_root, str(tmp_path / "cache"))
     artifact = train_generator(experiment, storage, digit_artifact(storage))
     assert weights(artifact) == weights(uninterrupted)
     assert "continues at step" in second.stdout
+    assert "90 real images (train: 0 1" in second.stdout
     steps = [r["step"] for r in curve(artifact)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 150

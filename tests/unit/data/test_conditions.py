@@ -11,7 +11,7 @@ from raysynth.core.errors import ConfigError, DataError
 from raysynth.data.conditions import ConditionSpec
 
 MULTI = {
-    "kind": "multi", "classes": ["Edema", "Fracture"], "policy": {}, "attributes": {"sex": ["F", "M", "X"], "age": []},
+    "kind": "multi", "classes": ["Edema", "Fracture"], "attributes": {"sex": ["F", "M", "X"], "age": []},
 }  # fmt: skip
 ROWS: dict[str, list[Any]] = {
     "label_Edema": [1, 0, -1, None], "label_Fracture": [0, 1, 0, float("nan")],
@@ -20,7 +20,7 @@ ROWS: dict[str, list[Any]] = {
 
 
 def spec(policy: dict[str, str] | None = None) -> ConditionSpec:
-    return ConditionSpec.build(MULTI | {"policy": policy or {}}, ["label", "sex", "age"], ROWS)
+    return ConditionSpec.build(MULTI, ["label", "sex", "age"], ROWS, policy or {})
 
 
 def test_layout_and_values_of_a_multi_label_row() -> None:
@@ -51,7 +51,7 @@ def test_policy_says_what_uncertain_and_absent_mean(policy: str, value: int, mis
 def test_single_label_is_one_hot_with_a_missing_entry() -> None:
     vocabulary = {"kind": "single", "classes": ["a", "b"]}
     rows = {"label_a": [1, 0, None], "label_b": [0, 1, None]}
-    found = ConditionSpec.build(vocabulary, ["label"], rows)
+    found = ConditionSpec.build(vocabulary, ["label"], rows, {})
     assert found.encode(rows).tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
 
 
@@ -68,7 +68,7 @@ def test_a_category_the_generator_never_saw_is_refused_with_what_it_knows() -> N
 
 
 def test_a_class_the_generator_never_saw_is_refused() -> None:
-    seen_one = ConditionSpec.build(MULTI, ["label"], {"label_Edema": [1, 0], "label_Fracture": [0, 0]})
+    seen_one = ConditionSpec.build(MULTI, ["label"], {"label_Edema": [1, 0], "label_Fracture": [0, 0]}, {})
     assert seen_one.encode({"label_Edema": [0], "label_Fracture": [0]}).shape == (1, 5)
     with pytest.raises(DataError, match=r"'Fracture'.*Edema"):
         seen_one.encode({"label_Edema": [0], "label_Fracture": [1]})
@@ -76,7 +76,7 @@ def test_a_class_the_generator_never_saw_is_refused() -> None:
 
 def test_an_attribute_the_data_lacks_is_refused_at_build() -> None:
     with pytest.raises(ConfigError, match=r"generator.conditions\[1\]: got 'race'"):
-        ConditionSpec.build(MULTI, ["label", "race"], ROWS)
+        ConditionSpec.build(MULTI, ["label", "race"], ROWS, {})
 
 
 def test_a_row_without_a_column_is_refused() -> None:
