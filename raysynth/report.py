@@ -12,7 +12,7 @@ rendered.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from raysynth.core.schemas import ATTRIBUTE, attribute_names, label_names
 from raysynth.core.storage import Storage
 from raysynth.data.attributes import categories
 from raysynth.data.images import decode_png
+from raysynth.data.pictures import StoredPictures
 from raysynth.data.strata import NONE, raw_labels, seeded_order
 from raysynth.data.subsets import generator_rows, train_split
 
@@ -38,7 +39,8 @@ REAL, SYNTHETIC, NEAREST = 4, 8, 3
 """Columns of each block."""
 MOST_ROWS = 10
 NEAREST_AMONG = {64: 20_000, 4096: 2_000}
-"""Side of the images, pixels -> how many training images are searched, so that a sheet takes seconds."""
+"""Side of the images, pixels -> how many training images are searched, so that a sheet takes seconds. More than
+these are drawn by whole parquet row groups, which is what a reader must load."""
 COMPARE_SIDE = 32
 
 INK, GREY, PALE, PAPER = "#1a1a1a", "#6f6f6f", "#ececec", "#ffffff"
@@ -110,8 +112,9 @@ def contact_sheet(
     pictures = {k: decode_png(v) for k, v in read([k for c in shown for k in synthetic[c]]).items()}
     seen = generator_rows(table, experiment)
     most = next(n for side, n in NEAREST_AMONG.items() if experiment.data.image.size <= side)
-    pool = [seen[i] for i in seeded_order("nearest", 0, seen)[:most]]
-    stored = dict(_real_pictures(storage, images, {*pool, *(i for c in shown for i in real[c])}))
+    pictures_of = StoredPictures(storage, images.file("images"), table["image_id"].to_pylist())
+    pool = pictures_of.sample(seen, most)
+    stored = pictures_of.read({*pool, *(i for c in shown for i in real[c])})
     queries = [k for c in shown for k in synthetic[c][:NEAREST]]
     nearest = _nearest([pictures[k] for k in queries], pool, stored)
     neighbour = dict(zip(queries, nearest))
@@ -174,15 +177,6 @@ class _Cells:
         """Name and counts of a row."""
         name = f"{cell[0]}, {self.attribute} {cell[1]}" if self.attribute else cell[0]
         return name, f"{real:,} real, {synthetic:,} synthetic"
-
-
-def _real_pictures(storage: Storage, images: Artifact, ids: set[str]) -> Iterator[tuple[str, bytes]]:
-    for entry in storage.list(images.file("images")):
-        with storage.open(entry.path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(512, columns=["image_id", "image"]):
-                for name, picture in zip(batch["image_id"].to_pylist(), batch["image"]):
-                    if name in ids:
-                        yield name, picture["bytes"].as_py()
 
 
 def _nearest(queries: Sequence[np.ndarray], pool: Sequence[str], stored: Mapping[str, bytes]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -16,9 +17,10 @@ from sklearn.datasets import load_digits
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
 from raysynth.core.experiment import Experiment, ImageSpec, resolve_image
-from raysynth.core.schemas import image_schema, to_parquet
+from raysynth.core.schemas import from_parquet, image_schema, to_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, encode_png, prepare
+from raysynth.data.pictures import StoredPictures
 from raysynth.data.plans import build_plan
 from raysynth.report import _nearest, contact_sheet
 
@@ -127,6 +129,34 @@ def test_the_nearest_training_image_finds_a_copy() -> None:
     assert _nearest([noisy], [i for i in stored if i != "i42"], stored) != ["i42"]
     # A generator of another size than the stored images.
     assert _nearest([noisy[::2, ::2]], list(stored), stored) == ["i42"]
+
+
+def test_only_the_row_groups_of_the_pictures_shown_are_read(tmp_path: Path) -> None:
+    rows = digits(120)
+    storage = open_storage(str(tmp_path))
+    images = image_artifact(storage, rows, [str(i) for i in range(10)])
+    whole = from_parquet(storage.get(images.file("images/part-00000.parquet")))
+    storage.put(images.file("images/part-00000.parquet"), to_parquet(whole.slice(0, 60), [20] * 3))
+    storage.put(images.file("images/part-00001.parquet"), to_parquet(whole.slice(60), [20] * 3))
+    ids = whole["image_id"].to_pylist()
+    pictures = StoredPictures(storage, images.file("images"), ids)
+    asked = {"i0005", "i0041", "i0119"}
+    assert pictures.read(asked) == {i: rows[int(i[1:])]["image"] for i in asked}
+    assert pictures.sample(ids[:30], 30) == ids[:30]
+    drawn = pictures.sample(ids[::2], 20)
+    assert len({int(i[1:]) // 20 for i in drawn}) == 2
+    assert len(set(drawn)) == 20
+    # A damaged group that holds none of the pictures asked for is not noticed.
+    column = pq.ParquetFile(tmp_path / images.file("images/part-00000.parquet")).metadata.row_group(1).column(5)
+    assert column.path_in_schema == "image.bytes"
+    path = tmp_path / images.file("images/part-00000.parquet")
+    content = bytearray(path.read_bytes())
+    first = column.dictionary_page_offset or column.data_page_offset
+    content[first : first + column.total_compressed_size] = bytes(column.total_compressed_size)
+    path.write_bytes(content)
+    assert pictures.read({"i0005", "i0059"}).keys() == {"i0005", "i0059"}
+    with pytest.raises(OSError):  # noqa: PT011 - Arrow's words differ by version
+        pictures.read({"i0025"})
 
 
 @pytest.mark.parametrize("train_on", ["donor", "classifier_subset"])
