@@ -29,7 +29,7 @@ from raysynth.core.storage import Storage
 from raysynth.data.attributes import categories
 from raysynth.data.images import decode_png
 from raysynth.data.pictures import StoredPictures
-from raysynth.data.strata import NONE, raw_labels, seeded_order
+from raysynth.data.strata import NONE, UNKNOWN, seeded_order, used_labels
 from raysynth.data.subsets import generator_rows, train_split
 
 if TYPE_CHECKING:
@@ -149,27 +149,29 @@ class _Cells:
     rarest_first: list[str]
     attribute: str | None
     order: list[tuple[str, str]]
+    policy: Mapping[str, str]
 
     @classmethod
     def of(cls, train: pa.Table, experiment: Experiment) -> _Cells:
-        names = label_names(train.schema)
-        positive = (raw_labels(train) == 1).sum(axis=0)
+        names, policy = label_names(train.schema), experiment.data.labels.policy
+        positive = (used_labels(train, policy) == 1).sum(axis=0)
         rarest_first = [names[i] for i in np.argsort(positive, kind="stable")]
-        plain = cls(rarest_first, None, [])
-        labels = sorted({label for label, _ in plain.names(train)}, key=[*names, NONE].index)
+        plain = cls(rarest_first, None, [], policy)
+        labels = sorted({label for label, _ in plain.names(train)}, key=[*names, NONE, UNKNOWN].index)
         asked = ["age_bin" if n == "age" else n for n in experiment.generator.conditions]
         for name in (n for n in asked if n in attribute_names(train.schema)):
             values = categories(name, train[ATTRIBUTE + name], experiment.data.age_bins)
             if len(values) > 1 and len(labels) * len(values) <= MOST_ROWS:
-                return cls(rarest_first, name, [(label, v) for label in labels for v in values])
-        return cls(rarest_first, None, [(label, "") for label in labels])
+                return cls(rarest_first, name, [(label, v) for label in labels for v in values], policy)
+        return cls(rarest_first, None, [(label, "") for label in labels], policy)
 
     def names(self, table: pa.Table) -> list[tuple[str, str]]:
         """The cell of each row of `table`."""
         columns = label_names(table.schema)
-        positive = raw_labels(table)[:, [columns.index(n) for n in self.rarest_first]] == 1
-        first = np.where(positive.any(axis=1), positive.argmax(axis=1), len(self.rarest_first))
-        known = [*self.rarest_first, NONE]
+        labels = used_labels(table, self.policy)[:, [columns.index(n) for n in self.rarest_first]]
+        positive, rest = labels == 1, len(self.rarest_first) + (labels < 0).any(axis=1)
+        first = np.where(positive.any(axis=1), positive.argmax(axis=1), rest)
+        known = [*self.rarest_first, NONE, UNKNOWN]
         values = table[ATTRIBUTE + self.attribute].to_pylist() if self.attribute else [""] * len(first)
         return [(known[i], v or "") for i, v in zip(first, values)]
 

@@ -22,7 +22,7 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, encode_png, prepare
 from raysynth.data.pictures import StoredPictures
 from raysynth.data.plans import build_plan
-from raysynth.report import _nearest, contact_sheet
+from raysynth.report import _Cells, _nearest, contact_sheet
 
 Rows = list[dict]
 
@@ -129,6 +129,17 @@ def test_the_nearest_training_image_finds_a_copy() -> None:
     assert _nearest([noisy], [i for i in stored if i != "i42"], stored) != ["i42"]
     # A generator of another size than the stored images.
     assert _nearest([noisy[::2, ::2]], list(stored), stored) == ["i42"]
+
+
+def test_rows_of_the_sheet_follow_the_label_policy() -> None:
+    table = pa.table({f"label_{n}": pa.array(v, pa.int8()) for n, v in {"a": [1, 0, -1, 0], "b": [1, 1, 0, 0]}.items()})
+    for policy, names in (("ignore", ["a", "b", "unknown", "none"]), ("zeros", ["a", "b", "none", "none"])):
+        labels = {"kind": "multi", "policy": {"a": policy}}
+        e = build_experiment({"name": "x", "data": {"path": "x", "columns": {"findings": {"a": "a", "b": "b"}},
+                                                    "labels": labels}})  # fmt: skip
+        cells = _Cells.of(table, e)
+        assert [name for name, _ in cells.names(table)] == names
+        assert [name for name, _ in cells.order] == [n for n in ("a", "b", "none", "unknown") if n in names]
 
 
 def test_only_the_row_groups_of_the_pictures_shown_are_read(tmp_path: Path) -> None:
