@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.core.identity import _plain, canonical_json, content_digest, fp12, sha256_bytes
+from raysynth.core.identity import canonical_json, content_digest, fp12, plain, sha256_bytes
 from raysynth.core.storage import Storage
 
 RECORDED_PACKAGES = (
@@ -47,7 +47,7 @@ class Artifact:
             config: the stage's own part of the experiment (a dataclass or mapping), without `compute`.
             inputs: content digests by input name.
         """
-        identity = {"version": version, "config": _plain(config, "config"), "inputs": dict(inputs)}
+        identity = {"version": version, "config": plain(config, "config"), "inputs": dict(inputs)}
         return cls(storage, stage, name, identity)
 
     @property

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -23,20 +23,20 @@ def _plain(value: Any, where: str) -> Any:
         # 1.0 and 1 are the same setting in a YAML file.
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"{where}: key {key!r} is not a string")
-        return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {k: plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     raise TypeError(f"{where}: {type(value).__name__} has no canonical form")
 
 
 def canonical_json(value: Any) -> str:
     """One text for one meaning: sorted keys, no spaces, `1.0` as `1`. Raises TypeError on unknown types."""
-    return json.dumps(_plain(value, "value"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return json.dumps(plain(value, "value"), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def fp12(value: Any) -> str:

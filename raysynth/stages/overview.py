@@ -9,7 +9,7 @@ from rich.table import Table
 
 from raysynth.core.errors import EnvironmentFault, GateFailed
 from raysynth.core.experiment import Compute
-from raysynth.core.identity import _plain
+from raysynth.core.identity import plain
 from raysynth.core.lease import holder_of
 from raysynth.core.progress import Progress, console, duration, say
 from raysynth.stages.housekeeping import artifacts_of_set
@@ -41,7 +41,7 @@ def show_dry_run(pipeline: Pipeline) -> None:
     from raysynth.core.config import resolved
 
     e = pipeline.experiment
-    say(yaml.safe_dump(_plain(resolved(e), "experiment"), sort_keys=False).rstrip())
+    say(yaml.safe_dump(plain(resolved(e), "experiment"), sort_keys=False).rstrip())
     show_artifacts_of(pipeline)
     found = pipeline.found()
     if found["plan"] is None or found["generate"] is None or not found["plan"].complete:
