@@ -25,9 +25,9 @@ from raysynth.synth.sets import SyntheticSet, Wave
 from raysynth.synth.settle import Settled, read_settled, settle
 from raysynth.synth.shards import ShardRunner
 
-MAX_IDLE_ROUNDS = 2
-PATIENCE_S = 20.0  # a sick worker lets the others start this long before it turns shards away at once
-NAP_S = 10.0  # and holds each shard so long while they work
+MAX_IDLE_ROUNDS = 3
+PATIENCE_S = 10.0  # a sick worker lets the others start this long before it turns shards away at once
+NAP_S = 5.0  # and holds each shard so long while they work
 MAX_FAULTS = 3  # shards in a row that storage refused; s3fs has retried each request by then
 SUMMED = ("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s")
 CALLS_PER_ACTOR = 2  # one shard renders while the other loads, encodes and commits

@@ -33,7 +33,7 @@ def experiment(root: str, cache: Path, **sections: dict) -> Experiment:
     content = {
         "name": "digits", "root": root, "data": {"kind": "digits", "image": {"size": 8, "channels": "grey"}},
         "training_set": {"n_per_class": 2}, "plan": {"replicas": 3}, "sampling": {"steps": 3},
-        "compute": {"render_workers": 2, "micro_batch": 5, "shard_rows": 10, "cache": str(cache)},
+        "compute": {"render_workers": 1, "micro_batch": 5, "shard_rows": 10, "cache": str(cache)},
     }  # fmt: skip
     for section, keys in sections.items():
         content[section] = content[section] | keys
@@ -50,9 +50,9 @@ def trained(storage: Storage, folder: Path) -> Artifact:
     return artifact
 
 
-def test_a_real_generator_on_disk_and_s3(ray_session: None, any_root: str, tmp_path: Path) -> None:
-    storage = open_storage(any_root)
-    e = experiment(any_root, tmp_path / "cache", plan={"ratio": 2})
+def test_a_real_generator_on_s3(ray_session: None, s3_root: str, tmp_path: Path) -> None:
+    storage = open_storage(s3_root)
+    e = experiment(s3_root, tmp_path / "cache", plan={"ratio": 2})
     generator = trained(storage, tmp_path / "export")
     planned = plan(e, storage, digit_artifact(storage))
     artifact = generate(e, storage, generator, planned, CLUSTER)
@@ -72,7 +72,7 @@ def test_a_real_generator_on_disk_and_s3(ray_session: None, any_root: str, tmp_p
     assert info["render"]["facts"]["device"] == "cpu"
 
     # A larger ratio is another artifact over the same set: only the new rows are rendered.
-    more = experiment(any_root, tmp_path / "cache")
+    more = experiment(s3_root, tmp_path / "cache")
     before = images(synthetic_set(more, storage, generator))
     grown = generate(more, storage, generator, planned, CLUSTER)
     assert grown.path != artifact.path

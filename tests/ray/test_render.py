@@ -213,10 +213,9 @@ def test_kill_of_a_node(tmp_path: Path, reference: dict) -> None:
     assert verify(synthetic_set(root), wanted_rows(replicas=5)).clean
 
 
-@pytest.mark.parametrize("cpus", [1, 2])
-def test_no_deadlock_whatever_the_pool_asks_for(tmp_path: Path, reference: dict, cpus: int) -> None:
+def test_no_deadlock_on_two_cpus_whatever_the_pool_asks_for(tmp_path: Path, reference: dict) -> None:
     root = str(tmp_path)
-    driver = start(root, {"cpus": cpus, "compute": {"render_workers": 8, "shard_rows": 4}})
+    driver = start(root, {"cpus": 2, "compute": {"render_workers": 8, "shard_rows": 4}})
     out, _ = driver.communicate(timeout=150)
     assert "done" in out, out
     assert images(synthetic_set(root)) == of(reference, KEYS)
