@@ -4,8 +4,8 @@
 
 The bare loop renders the same micro-batches with the same renderer and rounds to uint8: no storage, no PNG, no
 hashes, no Ray. The engine is the render pool as `raysynth generate` runs it, on an untrained generator. Both are in
-steady state: the bare loop after one warm-up micro-batch, the engine from its first shard's start of rendering to
-its last marker; start-up is printed apart. With several workers the bare loop runs as as many processes.
+steady state: the bare loop after one warm-up micro-batch, the engine from each worker's first marker to the last
+marker; start-up, first shard included, is printed apart. With several workers the bare loop runs as as many processes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def bare_processes(workers: int, *args: object) -> float:
 
 
 def engine(folder: str, e: Experiment, gpu: bool, wanted: object, micro_batch: int, shard_rows: int, workers: int):
-    """(images/s in steady state, seconds from call to the first rendering, busy share of the device)."""
+    """(images/s in steady state, seconds from call to the first marker, busy share of the device)."""
     identity = {
         "render_version": RENDER_VERSION, "generator_id": "bench", "seed": 0, "sampler": e.sampling.sampler,
         "steps": e.sampling.steps, "guidance_scale": 1.0, "guidance_rescale": 0.0,
@@ -113,11 +113,12 @@ def engine(folder: str, e: Experiment, gpu: bool, wanted: object, micro_batch: i
         compute = Compute(render_workers=workers, micro_batch=micro_batch, shard_rows=shard_rows)
         began = time.time()
         render(store, wanted, partial(make, folder, e.sampling, gpu), compute, cluster.connect(compute))
-        markers = store.markers(store.done()).values()
-    first = min(m["finished"] - m["render_seconds"] for m in markers)
-    last = max(m["finished"] for m in markers)
-    rendering = sum(m["render_seconds"] for m in markers)
-    return sum(m["ok"] for m in markers) / (last - first), first - began, rendering / workers / (last - first)
+        markers = sorted(store.markers(store.done()).values(), key=lambda m: m["finished"])
+    # Each worker's first shard carries its start; steady state begins when the last of them is committed.
+    steady = markers[workers:]
+    first, last = markers[workers - 1]["finished"], markers[-1]["finished"]
+    busy = sum(m["render_seconds"] for m in steady) / workers / (last - first)
+    return sum(m["ok"] for m in steady) / (last - first), markers[0]["finished"] - began, busy
 
 
 def main() -> None:
