@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from raysynth.core.experiment import Generator, ImageSpec, resolve_generator
+from raysynth.core.experiment import Generator, ImageSpec
+from raysynth.core.presets import resolve_generator
 from raysynth.data.conditions import ConditionSpec
 from raysynth.models.ddpm import DDPMTraining
 from raysynth.models.export import export_generator

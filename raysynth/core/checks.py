@@ -13,7 +13,9 @@ import re
 from typing import Any
 
 from raysynth.core.errors import ConfigError
-from raysynth.core.experiment import Experiment, Generator, resolve_generator
+from raysynth.core.evidence_checks import check_evidence
+from raysynth.core.experiment import Experiment, Generator
+from raysynth.core.presets import resolve_generator
 
 
 def _require(ok: bool, key: str, got: Any, allowed: str, remedy: str = "") -> None:
@@ -32,6 +34,7 @@ def check(e: Experiment) -> None:
     _check_generator(e)
     _check_plan(e)
     _check_compute(e)
+    check_evidence(e)
 
 
 def _check_finite(value: Any, key: str) -> None:

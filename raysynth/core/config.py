@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from raysynth.core.checks import check
 from raysynth.core.errors import ConfigError
-from raysynth.core.experiment import Experiment, resolve_generator, resolve_image
+from raysynth.core.evidence import Evaluation, Primary, Sweep
+from raysynth.core.experiment import Experiment
 from raysynth.core.keys import check_keys, explain_value
+from raysynth.core.presets import resolve_classifier, resolve_generator, resolve_image
 
 
 def load_experiment(path: str, overrides: Sequence[str] = ()) -> Experiment:
@@ -58,12 +62,81 @@ def build_experiment(content: dict[str, Any], overrides: Sequence[str] = ()) -> 
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(key, word, "key=value", str(error).splitlines()[0]) from error
         merged = _merge(merged, parsed)
+    experiment = _built(merged)
+    arms(experiment)
+    for name in experiment.evaluation.test_sets:
+        test_data(experiment, name)
+    return experiment
+
+
+def _built(merged: Any) -> Experiment:
     try:
         experiment: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error, merged) from error
     check(experiment)
     return experiment
+
+
+def vary(e: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """`e` with some keys changed: dotted keys, or sections as nested mappings. Raises ConfigError."""
+    merged = _merge(OmegaConf.structured(Experiment), dataclasses.asdict(e))
+    for key, value in changes.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        merged = _merge(merged, value)
+    return _built(merged)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One trial of a sweep."""
+
+    name: str
+    """The arm's name, followed by its factors: the same for every seed."""
+    seed: int
+    settings: dict[str, Any]
+    """Factor -> value of this arm, and the arm's own changes."""
+    experiment: Experiment
+    """The experiment with the arm's keys and seed, and no sweep."""
+
+
+def arms(e: Experiment) -> list[Arm]:
+    """Every arm of the sweep crossed with its factors and seeds; an experiment without a sweep is one arm.
+
+    Raises:
+        ConfigError: a key or value that the experiment does not have, named with its arm.
+    """
+    s = e.sweep
+    alone = dataclasses.replace(e.evaluation, primary=Primary())
+    base = dataclasses.replace(e, sweep=Sweep(), evaluation=alone)
+    named = s.arms or {"" if s.factors else e.training_set.strategy: {}}
+    found = []
+    for name, changes in named.items():
+        for values in itertools.product(*s.factors.values()):
+            factors = dict(zip(s.factors, values, strict=True))
+            words = [name, *(f"{key.rpartition('.')[2]} {value}" for key, value in factors.items())]
+            label = ", ".join(w for w in words if w)
+            settings = {**(changes or {}), **factors}
+            for seed in s.seeds:
+                try:
+                    arm = vary(base, {**settings, **dict.fromkeys(s.seed_keys, seed)})
+                except ConfigError as error:
+                    where = f"sweep.arms[{name}].{error.key}" if s.arms else f"sweep.{error.key}"
+                    raise ConfigError(where, error.got, error.allowed, error.remedy) from error
+                found.append(Arm(label, seed, settings, arm))
+    return found
+
+
+def test_data(e: Experiment, name: str) -> Experiment:
+    """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
+    section = e.evaluation.test_sets[name]
+    alone = dataclasses.replace(e, sweep=Sweep(), evaluation=Evaluation())
+    try:
+        return vary(alone, {"data": section})
+    except ConfigError as error:
+        key = f"evaluation.test_sets.{name}{error.key.removeprefix('data')}"
+        raise ConfigError(key, error.got, error.allowed, error.remedy) from error
 
 
 def _merge(base: Any, content: dict[str, Any]) -> Any:
@@ -89,5 +162,6 @@ def resolved(e: Experiment) -> Experiment:
     """`e` with every preset written out; what `--dry-run` prints."""
     image = resolve_image(e.data.image)
     return dataclasses.replace(
-        e, data=dataclasses.replace(e.data, image=image), generator=resolve_generator(e.generator, image)
-    )
+        e, data=dataclasses.replace(e.data, image=image), generator=resolve_generator(e.generator, image),
+        classifier=resolve_classifier(e.classifier, image) if e.classifier else None,
+    )  # fmt: skip

@@ -1,16 +1,18 @@
 """The experiment: one frozen dataclass per section of the YAML file.
 
-A field whose default is `null` takes its value from the section's `preset` (see `resolve_image`,
-`resolve_generator`). Everything here is hashed into artifact names except `compute`, which may change freely.
+A field whose default is `null` takes its value from the section's `preset` (see `core.presets`). Everything here is
+hashed into artifact names except `compute`, which may change freely. What asks whether the images help is in
+`core.evidence`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import MISSING
+
+from raysynth.core.evidence import Classifier, Evaluation, Sweep, TrainingSet
 
 
 @dataclass(frozen=True)
@@ -113,18 +115,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class TrainingSet:
-    """The classifier's real images: a patient-safe, nested, seeded subset of the train split."""
-
-    n_per_class: int | None = None
-    """Real images a class (single-label) or positives a finding (multi-label); null: all."""
-    fraction: float | None = None
-    """Fraction of the train split; not together with `n_per_class`."""
-    seed: int = 0
-    """Another subset of the same size."""
-
-
-@dataclass(frozen=True)
 class Generator:
     """The pixel-space conditional DDPM (Ho 2020; the Synthetically Enhanced family)."""
 
@@ -191,7 +181,7 @@ class Plan:
     """Shares or counts for cells, such as `label=pneumonia,sex=F: 0.3`; cells not named share the rest
     equally."""
     ratio: float | None = None
-    """Render only rows with rank < ratio * n_real."""
+    """Render only rows with rank < ratio * n_real. With no selection here, what `training_set` selects is rendered."""
     n_synth: int | None = None
     """Render only the first n_synth rows by rank."""
     quota: dict[str, int] = field(default_factory=dict)
@@ -255,6 +245,12 @@ class Compute:
     """Images a Ray Data task decodes."""
     cache: str = "~/.cache/raysynth"
     """Local disk for training views and downloaded weights."""
+    trial_cpus: float = 1.0
+    """CPUs of one trial of a sweep."""
+    trial_gpus: float = 1.0
+    """GPUs of one trial, where there are any; .5 puts two trials on one."""
+    classifier_workers: int | None = None
+    """Data-parallel processes of one classifier; null or 1: the trial's own process."""
     price_per_gpu_hour: float | None = None
     """Currency units; adds cost to status and run.json."""
 
@@ -272,36 +268,8 @@ class Experiment:
     generator: Generator = field(default_factory=Generator)
     plan: Plan = field(default_factory=Plan)
     sampling: Sampling = field(default_factory=Sampling)
+    classifier: Classifier | None = None
+    """Without this section a run ends with the synthetic set; with it, with an answer."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    sweep: Sweep = field(default_factory=Sweep)
     compute: Compute = field(default_factory=Compute)
-
-
-IMAGE_PRESETS: dict[str, dict[str, Any]] = {
-    "general": {"channels": "rgb", "fit": "pad", "value_range": "full"},
-    "chest": {"channels": "grey", "fit": "pad", "value_range": "percentile"},
-    "skin": {"channels": "rgb", "fit": "crop", "value_range": "full"},
-}
-
-GENERATOR_PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"base_channels": 32, "channel_multipliers": [1, 2, 2], "res_blocks": 1,
-             "attention_resolutions": [8], "heads": 2},
-    "small": {"base_channels": 32, "channel_multipliers": [1, 2, 3], "res_blocks": 2,
-              "attention_resolutions": [8], "heads": 4},
-    "base": {"base_channels": 96, "channel_multipliers": [1, 2, 2, 4], "res_blocks": 2,
-             "attention_resolutions": [8, 16], "heads": 4},
-    "paper": {"base_channels": 128, "channel_multipliers": [1, 1, 2, 2, 4, 4], "res_blocks": 2,
-              "attention_resolutions": [8, 16, 32], "heads": 4},
-}  # fmt: skip
-
-
-def _filled(section: Any, preset: dict[str, Any]) -> Any:
-    return dataclasses.replace(section, **{k: v for k, v in preset.items() if getattr(section, k) is None})
-
-
-def resolve_image(spec: ImageSpec) -> ImageSpec:
-    """`spec` with every null replaced by its preset's value."""
-    return _filled(spec, IMAGE_PRESETS[spec.preset])
-
-
-def resolve_generator(generator: Generator, image: ImageSpec) -> Generator:
-    """`generator` with every null replaced by its preset's value, `size` by the stored image's side."""
-    return _filled(generator, {**GENERATOR_PRESETS[generator.preset], "size": image.size})

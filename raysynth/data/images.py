@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from raysynth.core.experiment import ImageSpec, resolve_image
+from raysynth.core.experiment import ImageSpec
 from raysynth.core.identity import sha256_bytes
+from raysynth.core.presets import resolve_image
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 """What is decoded. A short list on purpose: Pillow's other readers are rare here, and EPS runs a program."""

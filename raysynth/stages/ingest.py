@@ -23,8 +23,9 @@ import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import DataError
-from raysynth.core.experiment import Data, Experiment, ImageSpec, resolve_image
+from raysynth.core.experiment import Data, Experiment, ImageSpec
 from raysynth.core.identity import fp12
+from raysynth.core.presets import resolve_image
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import ATTRIBUTE, from_parquet, image_schema, to_parquet
 from raysynth.core.storage import Storage

@@ -35,7 +35,7 @@ def plan_artifact(experiment: Experiment, storage: Storage, ingest_artifact: Art
     """The plan's artifact, whether or not it exists yet. Raises EnvironmentFault if ingest is not
     complete."""
     section = {k: v for k, v in dataclasses.asdict(experiment.plan).items() if k not in SELECTION}
-    config: dict[str, Any] = {"plan": section, "training_set": experiment.training_set}
+    config: dict[str, Any] = {"plan": section, "training_set": experiment.training_set.subset}
     labels = experiment.data.labels
     policy = {k: v for k, v in labels.policy.items() if v != "ignore"}
     if policy and labels.kind == "multi":  # it then decides strata, subsets and cells

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import ConfigError, DataError, EnvironmentFault, RaysynthError
-from raysynth.core.experiment import Compute, Experiment, Generator, resolve_generator, resolve_image
+from raysynth.core.experiment import Compute, Experiment, Generator
 from raysynth.core.identity import content_digest
+from raysynth.core.presets import resolve_generator, resolve_image
 from raysynth.core.progress import say
 from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet
 from raysynth.core.storage import S3Storage, Storage
@@ -52,7 +53,7 @@ def generator_artifact(experiment: Experiment, storage: Storage, images: Artifac
     policy = {name: use for name, use in experiment.data.labels.policy.items() if use != "ignore"}
     config: dict[str, Any] = {"generator": generator, "policy": policy}
     if experiment.generator.train_on != "train":
-        config["training_set"] = experiment.training_set
+        config["training_set"] = experiment.training_set.subset
     return Artifact.at(storage, STAGE, experiment.name, STAGE_VERSION, config, {"images": images.digest()})
 
 

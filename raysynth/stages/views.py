@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from raysynth.core.artifacts import Artifact
 from raysynth.core.cache import local_folder
 from raysynth.core.errors import DataError
-from raysynth.core.experiment import Experiment, resolve_image
+from raysynth.core.experiment import Experiment
 from raysynth.core.identity import content_digest, sha256_bytes
+from raysynth.core.presets import resolve_image
 from raysynth.core.progress import Progress
 from raysynth.core.schemas import ATTRIBUTE, LABEL, to_parquet
 from raysynth.core.storage import Storage

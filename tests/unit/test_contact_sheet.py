@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.experiment import Experiment, ImageSpec, resolve_image
+from raysynth.core.experiment import Experiment, ImageSpec
+from raysynth.core.presets import resolve_image
 from raysynth.core.schemas import from_parquet, image_schema, to_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, encode_png, prepare

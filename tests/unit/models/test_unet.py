@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from raysynth.core.experiment import Generator, ImageSpec, resolve_generator
+from raysynth.core.experiment import Generator, ImageSpec
+from raysynth.core.presets import resolve_generator
 from raysynth.models.unet import build_unet, unet_config
 
 
