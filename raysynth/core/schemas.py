@@ -75,6 +75,52 @@ def synthetic_schema(labels: Sequence[str], attributes: Sequence[str]) -> pa.Sch
     ]))  # fmt: skip
 
 
+TRUE, PROBABILITY = "true_", "prob_"
+
+
+def members_schema() -> pa.Schema:
+    """A classifier's training set, one row a place in a training stage; an image may have several.
+
+    `phase` 0 or 1: the training stage; `source` real or synthetic; `id` image_id or row_key; `labels_from` the id
+    whose labels are used, which differs from `id` only where labels are permuted.
+    """
+    return pa.schema([
+        ("phase", pa.int8()), ("source", pa.string()), ("id", pa.string()), ("labels_from", pa.string()),
+    ])  # fmt: skip
+
+
+def predictions_schema(labels: Sequence[str], attributes: Sequence[str]) -> pa.Schema:
+    """What a classifier said of a test set's images, one row an image: everything in a report derives from these.
+
+    `true_<finding>` is null where the finding is not known under the label policy.
+    """
+    return pa.schema([
+        ("image_id", pa.string()), ("test_set", pa.string()), ("site", pa.string()), ("patient_id", pa.string()),
+        *((TRUE + n, pa.int8()) for n in labels), *((PROBABILITY + n, pa.float32()) for n in labels),
+        *((ATTRIBUTE + n, pa.string()) for n in attributes),
+    ])  # fmt: skip
+
+
+def metric_schema() -> pa.Schema:
+    """The metric table, long form: the only input of reports.
+
+    `finding` is a class, or `macro`; `subgroup` is empty or `attribute=value`; `value` is null where withheld.
+    """
+    text = ("run", "arm", "generator_id", "synthetic_set", "architecture", "init", "strategy", "test_set", "site",
+            "finding", "subgroup", "metric", "threshold_rule")  # fmt: skip
+    whole = ("fold", "n_real", "n_synth", "n_real_generator", "sampling_steps", "gradient_steps", "seed_split",
+             "seed_subset", "seed_generator", "seed_classifier", "n", "n_pos", "n_patients")  # fmt: skip
+    real = ("ratio", "guidance_scale", "threshold", "value", "ci_low", "ci_high")
+    kinds = {**dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64()), **dict.fromkeys(real, pa.float64())}
+    order = (
+        "run", "arm", "fold", "generator_id", "synthetic_set", "architecture", "init", "strategy", "ratio", "n_real",
+        "n_synth", "n_real_generator", "guidance_scale", "sampling_steps", "gradient_steps", "seed_split",
+        "seed_subset", "seed_generator", "seed_classifier", "test_set", "site", "finding", "subgroup", "metric",
+        "threshold", "threshold_rule", "value", "ci_low", "ci_high", "n", "n_pos", "n_patients",
+    )  # fmt: skip
+    return pa.schema([(name, kinds[name]) for name in order])
+
+
 def label_names(schema: pa.Schema) -> list[str]:
     """Findings or classes of a table, in column order."""
     return [n.removeprefix(LABEL) for n in schema.names if n.startswith(LABEL)]
