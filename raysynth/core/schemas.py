@@ -111,7 +111,9 @@ def metric_schema() -> pa.Schema:
     whole = ("fold", "n_real", "n_synth", "n_real_generator", "sampling_steps", "gradient_steps", "seed_split",
              "seed_subset", "seed_generator", "seed_classifier", "n", "n_pos", "n_patients")  # fmt: skip
     real = ("ratio", "guidance_scale", "threshold", "value", "ci_low", "ci_high")
-    kinds = {**dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64()), **dict.fromkeys(real, pa.float64())}
+    kinds = {
+        **dict.fromkeys(text, pa.string()), **dict.fromkeys(whole, pa.int64()), **dict.fromkeys(real, pa.float64()),
+    }  # fmt: skip
     order = (
         "run", "arm", "fold", "generator_id", "synthetic_set", "architecture", "init", "strategy", "ratio", "n_real",
         "n_synth", "n_real_generator", "guidance_scale", "sampling_steps", "gradient_steps", "seed_split",
