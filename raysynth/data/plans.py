@@ -12,6 +12,7 @@ as they are. A row's rank is its place in a fixed order whose every prefix keeps
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -138,6 +139,15 @@ def _source_hashes(sources: pa.Table) -> Iterator[hashlib.blake2b]:
             }
             text = conditions[condition] = canonical_json(known).encode() + b"\0"
         yield hashlib.blake2b(text + json.dumps(image_id).encode() + b"\0", digest_size=16)
+
+
+def selection(e: Experiment) -> Plan:
+    """What is rendered: the selection of `plan`; where it has none, that of `training_set`, if it trains on any."""
+    p, t = e.plan, e.training_set
+    typed = p.ratio is not None or p.n_synth is not None or p.quota
+    if typed or e.classifier is None or not t.needs_synthetic:
+        return p
+    return dataclasses.replace(p, ratio=t.ratio, n_synth=t.n_synth, quota=t.quota)
 
 
 def select(

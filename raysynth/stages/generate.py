@@ -7,7 +7,6 @@ part) and which failed (`failed.parquet`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,6 +22,7 @@ from raysynth.core.lease import Lease
 from raysynth.core.progress import Progress, duration, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
+from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
 from raysynth.stages.plan import selected_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
@@ -67,7 +67,7 @@ def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact)
 
 def generate_artifact(experiment: Experiment, storage: Storage, generator: Artifact, plan: Artifact) -> Artifact:
     """The artifact that says which images of the set the plan's selected rows are."""
-    p = experiment.plan
+    p = selection(experiment)
     config = {"ratio": p.ratio, "n_synth": p.n_synth, "quota": p.quota,
               "set": synthetic_set(experiment, storage, generator).identity}  # fmt: skip
     return Artifact.at(storage, "generate", experiment.name, STAGE_VERSION, config, {"plan": plan.digest()})
@@ -199,14 +199,18 @@ def load_index(artifact: Artifact) -> pd.DataFrame:
     return from_parquet(artifact.storage.get(artifact.file("rows.parquet"))).to_pandas()
 
 
+def synthetic_set_of(artifact: Artifact) -> SyntheticSet:
+    """The set that a complete generate artifact's images live in."""
+    return SyntheticSet.open(artifact.storage, artifact.run_info()["synthetic_set"].partition("/")[2])
+
+
 def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
     """Synthetic rows of `index` (rows of `load_index`), images included, one table a part.
 
     Raises:
         EnvironmentFault: a part is not what was committed.
     """
-    folder = json.loads(artifact.storage.get(artifact.file("run.json")))["synthetic_set"]
-    store = SyntheticSet.open(artifact.storage, folder.partition("/")[2])
+    store = synthetic_set_of(artifact)
     for part, rows in index.groupby("part", sort=True):
         data = store.part(str(part))
         if not is_content(str(part), data):

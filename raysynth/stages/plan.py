@@ -22,7 +22,7 @@ from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.balance import joint_table
-from raysynth.data.plans import plan_rows, plan_sources, select
+from raysynth.data.plans import plan_rows, plan_sources, select, selection
 
 STAGE_VERSION = 2
 SELECTION = ("ratio", "n_synth", "quota")
@@ -77,7 +77,7 @@ def load_plan(storage: Storage, artifact: Artifact, columns: list[str] | None = 
 def selected_rows(
     experiment: Experiment, storage: Storage, artifact: Artifact, columns: list[str] | None = None
 ) -> pa.Table:
-    """Rows that `plan.ratio`, `plan.n_synth` or `plan.quota` select, by rank.
+    """Rows that are to be rendered (`data.plans.selection`), by rank.
 
     Args:
         columns: those wanted; null: all.
@@ -85,8 +85,9 @@ def selected_rows(
     Raises:
         DataError: more rows than the plan has, or an unknown class in `plan.quota`.
     """
-    rows = load_plan(storage, artifact, None if columns is None or experiment.plan.quota else [*{*columns, "rank"}])
-    mask = select(rows, artifact.run_info()["counts"]["n_real"], experiment.plan, experiment.data.labels.policy)
+    wanted = selection(experiment)
+    rows = load_plan(storage, artifact, None if columns is None or wanted.quota else [*{*columns, "rank"}])
+    mask = select(rows, artifact.run_info()["counts"]["n_real"], wanted, experiment.data.labels.policy)
     rows = rows.filter(pa.array(mask))
     return rows.select(columns) if columns is not None else rows
 
