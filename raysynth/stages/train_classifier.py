@@ -1,8 +1,9 @@
 """Trains one classifier: chooses its training set, builds the views, trains, keeps the best of its checkpoints.
 
 Input: an ingest artifact and, where the strategy needs one, a generate artifact. Output, under
-`train-classifier/<name>-<fp>/`: `model/` (safetensors), `members.parquet` (every image trained on), `validation.parquet`
-(predictions on real validation images), `log/` (history.jsonl and TensorBoard). No test image is ever named here.
+`train-classifier/<name>-<fp>/`: `model/` (safetensors), `members.parquet` (every image trained on),
+`validation.parquet` (predictions on real validation images), `log/` (history.jsonl and TensorBoard). No test image is
+ever named here.
 
 Its identity is what was trained on (the digest of the ids, labels and pixels' sources) and how, not which experiment
 asked for it: a sweep's trial is this same artifact.
@@ -23,7 +24,7 @@ from raysynth.core.artifacts import Artifact, git_state
 from raysynth.core.errors import ConfigError, EnvironmentFault
 from raysynth.core.evidence import Classifier, Pretrain
 from raysynth.core.experiment import Compute, Experiment
-from raysynth.core.identity import content_digest
+from raysynth.core.identity import canonical_json, content_digest
 from raysynth.core.presets import resolve_classifier, resolve_image
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import from_parquet, to_parquet
@@ -116,7 +117,7 @@ def classifier_artifact(
     if t.needs_synthetic and generated is not None:
         # Not the artifact's own digest: a larger ratio rendered later leaves the images of this one as they are.
         run = generated.run_info()
-        inputs["synthetic_set"] = content_digest([(run["synthetic_set"], str(run["render"].get("canary", "")))])
+        inputs["synthetic_set"] = content_digest([(run["synthetic_set"], canonical_json(run["render"]))])
     return Artifact.at(storage, STAGE, e.name, STAGE_VERSION, config, inputs)
 
 
@@ -213,6 +214,6 @@ def trial_options(task: ClassifierTask) -> dict[str, Any]:
     return {"num_cpus": task.compute.trial_cpus} | ({"num_gpus": task.compute.trial_gpus} if task.gpu else {})
 
 
-Report = Callable[[dict[str, Any]], None]
+Report = Callable[[dict[str, Any]], Any]
 """What a trial calls at every validation: {"step", "steps", "phase", "loss", "monitor", "value"}."""
 

@@ -64,7 +64,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     world, rank = context.get_world_size(), context.get_world_rank()
     device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"
-    with _threads(task.compute.train_threads or cores() // context.get_local_world_size()):
+    with threads(task.compute.train_threads or cores() // context.get_local_world_size()):
         view = open_view_folder(task.storage, task.view, task.compute.cache)
         training = DDPMTraining(task.generator, task.spec.null, int(task.facts["channels"]), device)
         if world > 1:
@@ -206,7 +206,8 @@ def cores() -> int:
 
 
 @contextmanager
-def _threads(wanted: int) -> Iterator[None]:
+def threads(wanted: int) -> Iterator[None]:
+    """Limits torch to this many threads inside the block."""
     import torch
 
     before = torch.get_num_threads()
