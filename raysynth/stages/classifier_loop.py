@@ -34,7 +34,7 @@ MODEL = "model"
 
 
 def run_trial(task: ClassifierTask, report: Report) -> dict[str, Any]:
-    """Trains, from its checkpoint if there is one, exports and commits the artifact; in the process that has the device.
+    """Trains (from its checkpoint if there is one), exports and commits the artifact; runs where the device is.
 
     Args:
         report: called with {"step", "steps", "phase", "loss", "monitor", "value"} at every validation.

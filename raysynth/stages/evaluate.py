@@ -1,0 +1,162 @@
+"""Judges trained classifiers on test sets: predictions stored once, and everything else derived from them.
+
+Input: train-classifier artifacts and the test sets' images. Output: `evaluate/<name>-<fp>/` with `metrics.parquet`
+(core.schemas.metric_schema) and `comparisons.parquet` over all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.errors import DataError
+from raysynth.core.evidence import Evaluation
+from raysynth.core.experiment import Experiment
+from raysynth.core.progress import Progress, say
+from raysynth.core.schemas import metric_schema, to_parquet
+from raysynth.core.storage import Storage
+from raysynth.metrics.comparisons import Scored, compare, holm
+from raysynth.metrics.discrimination import evaluate as judge
+from raysynth.stages.predictions import (
+    TestSet,
+    Trial,
+    load_predictions,
+    predict_missing,
+    predictions_artifact,
+    test_sets,
+    thresholds_of,
+)  # fmt: skip
+
+STAGE = "evaluate"
+STAGE_VERSION = 1
+COMPARED = ("auroc", "auprc", "accuracy", "balanced_accuracy", "f1")
+
+
+def evaluate_artifact(e: Experiment, storage: Storage, trials: Sequence[Trial], sets: Sequence[TestSet]) -> Artifact:
+    """The stage's artifact for these classifiers, whether or not it exists yet."""
+    inputs = {f"{t.arm}, seed {t.seed}": predictions_artifact(t, sets).fp for t in trials}
+    evaluation = {k: v for k, v in dataclasses.asdict(e.evaluation).items() if k not in ("fidelity", "test_sets")}
+    return Artifact.at(storage, STAGE, e.name, STAGE_VERSION, {"evaluation": evaluation}, inputs)
+
+
+def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence[Trial]) -> Artifact:
+    """Predicts what is not predicted yet, and writes the metric table and the paired comparisons.
+
+    Ray must be connected.
+    """
+    sets = test_sets(e, storage, images)
+    artifact = evaluate_artifact(e, storage, trials, sets)
+    if artifact.complete:
+        say(f"{STAGE}: {artifact.path} is complete")
+        return artifact
+    predict_missing(e, storage, trials, sets)
+    kind = e.data.labels.kind
+    with Progress(STAGE, len(trials), "classifiers") as progress:
+        metrics = pa.concat_tables(_judged(e, trials, sets, kind, progress))
+    artifact.put("metrics.parquet", to_parquet(metrics))
+    comparisons = compare_arms(e, trials, sets, kind)
+    artifact.put("comparisons.parquet", to_parquet(pa.Table.from_pandas(comparisons, preserve_index=False)))
+    artifact.commit(
+        {"classifiers": len(trials), "test_images": sum(len(t.ids) for t in sets), "metrics": metrics.num_rows},
+        trials={f"{t.arm}, seed {t.seed}": {"classifier": t.classifier.path,
+                                            "predictions": predictions_artifact(t, sets).path} for t in trials},
+    )  # fmt: skip
+    where = ", ".join(f"{t.name} ({len(t.ids):,})" for t in sets)
+    say(f"{STAGE}: {len(trials)} classifiers on {where}; {artifact.path}")
+    return artifact
+
+
+def _judged(
+    e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet], kind: str, progress: Progress
+) -> list[pa.Table]:
+    """The metric table of each trial; the bootstraps run side by side in Ray tasks."""
+    import ray
+
+    remote = ray.remote(max_retries=3)(judge_trial).options(num_cpus=1)
+    waiting = {remote.remote(t, list(sets), e.evaluation, kind): i for i, t in enumerate(trials)}
+    tables: dict[int, pa.Table] = {}
+    while waiting:
+        done, _ = ray.wait(list(waiting), timeout=5)
+        for reference in done:
+            tables[waiting.pop(reference)] = ray.get(reference)
+            progress.advance(1)
+    return [tables[i] for i in range(len(trials))]
+
+
+def judge_trial(trial: Trial, sets: Sequence[TestSet], evaluation: Evaluation, kind: str) -> pa.Table:
+    """One classifier's rows of the metric table."""
+    thresholds = thresholds_of(trial, evaluation)
+    tables = [judge(p, thresholds, evaluation, kind) for p in load_predictions(trial, sets).values()]
+    rows = pa.concat_tables(tables)
+    facts = {**trial.classifier.run_info()["facts"], "run": trial.classifier.path, "arm": trial.arm}
+    schema = metric_schema()
+    columns = {}
+    for f in schema:
+        given = f.name in rows.column_names
+        columns[f.name] = rows[f.name].cast(f.type) if given else pa.array([facts.get(f.name)] * len(rows), f.type)
+    return pa.table(columns, schema=schema)
+
+
+def reference_arm(e: Experiment, trials: Sequence[Trial]) -> str:
+    """The arm that others are compared with: the primary contrast's, else the first trained on real images alone."""
+    if e.evaluation.primary.against:
+        return e.evaluation.primary.against
+    alone = [t.arm for t in trials if t.experiment.training_set.strategy == "real"]
+    return (alone or [t.arm for t in trials])[0]
+
+
+def compare_arms(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet], kind: str) -> pd.DataFrame:
+    """Paired differences of every arm to the reference arm, on every test set; Holm's adjustment within the
+    exploratory ones of a test set and metric. Two arms are compared on the seeds that both have."""
+    import ray
+
+    v, p = e.evaluation, e.evaluation.primary
+    names = list(dict.fromkeys(t.arm for t in trials))
+    if p.arm:
+        for key, arm in (("arm", p.arm), ("against", p.against)):
+            if arm not in names:
+                raise DataError(f"evaluation.primary.{key}", arm, f"one of {', '.join(names)}")
+    against = reference_arm(e, trials)
+    pairs = [(name, against) for name in names if name != against]
+    remote = ray.remote(max_retries=3)(compare_pair).options(num_cpus=1)
+    references = []
+    for (arm, other), t in itertools.product(pairs, sets):
+        mine, theirs = ({x.seed: x for x in trials if x.arm == name} for name in (arm, other))
+        common = sorted(mine.keys() & theirs.keys())
+        if common:
+            ask = partial(remote.remote, [mine[s] for s in common], [theirs[s] for s in common])
+            references.append((arm, t.name, ask(list(sets), t.name, v, kind)))
+    rows = []
+    for arm, name, reference in references:
+        for metric, result in ray.get(reference).items():
+            primary = (arm, name, metric) == (p.arm, p.test_set, p.metric)
+            rows.append({"arm": arm, "against": against, "metric": metric, "test_set": name, "finding": "macro",
+                         "subgroup": "", **result, "primary": primary})  # fmt: skip
+    frame = pd.DataFrame(rows)
+    if frame.empty:
+        return frame
+    frame["p_holm"] = frame["p"]
+    exploratory = frame[~frame["primary"] & frame["p"].notna()]
+    for _, group in exploratory.groupby(["test_set", "metric"]):
+        frame.loc[group.index, "p_holm"] = holm(group["p"].to_numpy())
+    return frame
+
+
+def compare_pair(
+    arm: Sequence[Trial], against: Sequence[Trial], sets: Sequence[TestSet], test_set: str, evaluation: Evaluation,
+    kind: str,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Metric -> the paired difference of two arms on one test set, trials paired by seed."""
+
+    def scored(trial: Trial) -> Scored:
+        return Scored(load_predictions(trial, sets)[test_set], thresholds_of(trial, evaluation))
+
+    mine, theirs = [scored(t) for t in arm], [scored(t) for t in against]
+    return {m: dataclasses.asdict(compare(mine, theirs, m, evaluation, kind)) for m in COMPARED}
