@@ -42,13 +42,34 @@ class Artifact:
     ) -> Artifact:
         """The artifact of this identity, whether or not it exists yet.
 
+        Where another experiment under the same root has made it already, it is that one, under that one's name: two
+        experiments share a generator, an arm or a view without training or decoding it twice.
+
         Args:
             version: the stage's version, bumped when its output changes for the same config and inputs.
             config: the stage's own part of the experiment (a dataclass or mapping), without `compute`.
             inputs: content digests by input name.
         """
         identity = {"version": version, "config": plain(config, "config"), "inputs": dict(inputs)}
-        return cls(storage, stage, name, identity)
+        own = cls(storage, stage, name, identity)
+        if not own.complete:
+            for folder in storage.folders(stage):
+                other = cls(storage, stage, folder.removesuffix(f"-{own.fp}"), identity)
+                if other.path == f"{stage}/{folder}" and other.complete:
+                    return other
+        return own
+
+    @classmethod
+    def open(cls, storage: Storage, path: str) -> Artifact:
+        """A complete artifact by its folder, relative to the root. Raises EnvironmentFault if it is not complete."""
+        stage, _, folder = path.partition("/")
+        found = cls(storage, stage, folder.rpartition("-")[0], {})
+        try:
+            run = json.loads(storage.get(f"{path}/run.json"))
+        except FileNotFoundError:
+            raise EnvironmentFault(f"{storage.url(path)} is not complete. Run `raysynth run` first.") from None
+        found.identity = {k: run[k] for k in ("version", "config", "inputs")}
+        return found
 
     @property
     def fp(self) -> str:

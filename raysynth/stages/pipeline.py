@@ -8,19 +8,44 @@ from __future__ import annotations
 from functools import cached_property
 
 from raysynth.core.artifacts import Artifact
+from raysynth.core.config import arms
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages import cluster
+from raysynth.stages.evaluate import evaluate, evaluate_artifact
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
+from raysynth.stages.predictions import Trial, test_sets
+from raysynth.stages.sweep import find_trials, load_trials, sweep, sweep_artifact
+from raysynth.stages.train_classifier import classifier_artifact, prepare, train_classifier
 from raysynth.stages.train_generator import generator_artifact, train_generator
 from raysynth.synth.sets import SyntheticSet
 
-ARTIFACTS = {"ingest": "images", "train-generator": "generator", "plan": "plan", "generate": "generated"}
-"""Stage -> the property of `Pipeline` that names its artifact, in order of running."""
+ARTIFACTS = {
+    "ingest": "images", "train-generator": "generator", "plan": "plan", "generate": "generated",
+    "train-classifier": "classifier", "sweep": "swept", "evaluate": "evaluated",
+}  # fmt: skip
+"""Stage -> the property of `Pipeline` that names its artifact."""
+QUICK = ("ingest", "plan")
+"""Stages that tell what they have even where they are complete."""
+
+
+def is_sweep(e: Experiment) -> bool:
+    """Whether the experiment compares several trials."""
+    return e.classifier is not None and (bool(e.sweep.arms or e.sweep.factors) or len(e.sweep.seeds) > 1)
+
+
+def stages_of(e: Experiment) -> list[str]:
+    """What `run` does, in order. A sweep makes the generators, plans and images that its arms need."""
+    making = ["train-generator", "plan", "generate"]
+    if e.classifier is None:
+        return ["ingest", *making]
+    if is_sweep(e):
+        return ["ingest", "sweep", "evaluate"]
+    return ["ingest", *(making if e.training_set.needs_synthetic else []), "train-classifier", "evaluate"]
 
 
 class Pipeline:
@@ -67,6 +92,41 @@ class Pipeline:
         """The set the generate artifact's rows live in."""
         return synthetic_set(self.experiment, self.storage, self.generator)
 
+    @property
+    def _training_images(self) -> Artifact | None:
+        return self.generated if self.experiment.training_set.needs_synthetic else None
+
+    @property
+    def classifier(self) -> Artifact:
+        """The train-classifier artifact of the experiment itself, whatever its sweep."""
+        return classifier_artifact(self.experiment, self.storage, self.images, self._training_images)
+
+    @property
+    def swept(self) -> Artifact:
+        """The sweep artifact."""
+        return sweep_artifact(self, self.experiment, find_trials(self, self.experiment))
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Every trained classifier of the experiment. Raises EnvironmentFault if one is missing."""
+        if not is_sweep(self.experiment):
+            t, c = self.experiment.training_set, self.experiment.classifier
+            self.classifier.digest()
+            return [Trial(t.strategy, c.seed if c else 0, self.experiment, self.classifier)]
+        swept = self.swept
+        swept.digest()
+        folders = {(r["arm"], r["seed"]): r["artifact"] for r in load_trials(swept).to_pylist()}
+        return [
+            Trial(a.name, a.seed, a.experiment, Artifact.open(self.storage, folders[a.name, a.seed]))
+            for a in arms(self.experiment)
+        ]
+
+    @property
+    def evaluated(self) -> Artifact:
+        """The evaluate artifact."""
+        sets = test_sets(self.experiment, self.storage, self.images)
+        return evaluate_artifact(self.experiment, self.storage, self.trials, sets)
+
     def artifact(self, stage: str) -> Artifact:
         """The artifact of a stage; EnvironmentFault if an earlier stage is not complete."""
         return getattr(self, ARTIFACTS[stage])
@@ -74,7 +134,7 @@ class Pipeline:
     def found(self) -> dict[str, Artifact | None]:
         """Stage -> its artifact, or None where an earlier stage must finish before it has a name."""
         known: dict[str, Artifact | None] = {}
-        for stage in ARTIFACTS:
+        for stage in stages_of(self.experiment):
             try:
                 known[stage] = self.artifact(stage)
             except EnvironmentFault:
@@ -84,8 +144,10 @@ class Pipeline:
     def do(self, stage: str, retry_failed: bool = False) -> Artifact:
         """Runs one stage, or says that it is done."""
         e, s = self.experiment, self.storage
+        if stage == "sweep":
+            return sweep(self, e)
         artifact = self.artifact(stage)
-        if artifact.complete and stage in ("train-generator", "generate") and not retry_failed:
+        if artifact.complete and stage not in QUICK and not retry_failed:
             say(f"{stage}: {artifact.path} is complete")
             return artifact
         if stage == "plan":
@@ -97,4 +159,8 @@ class Pipeline:
             return ingest(e, s)
         if stage == "train-generator":
             return train_generator(e, s, self.images)
-        return generate(e, s, self.generator, self.plan, resources, retry_failed)
+        if stage == "generate":
+            return generate(e, s, self.generator, self.plan, resources, retry_failed)
+        if stage == "train-classifier":
+            return train_classifier(prepare(e, s, self.images, self._training_images, bool(resources.gpus)))
+        return evaluate(e, s, self.images, self.trials)

@@ -96,3 +96,21 @@ def test_compute_is_in_no_stages_identity(tmp_path: Path) -> None:
         changed[f.name] = "x" if value is None or isinstance(value, str) else value + 1
     other = dataclasses.replace(e, compute=Compute(**changed))
     assert plan_artifact(other, storage, images).path == plan_artifact(e, storage, images).path
+
+
+def test_another_experiments_artifact_of_the_same_identity_is_the_same(storage: Storage) -> None:
+    made = Artifact.at(storage, "plan", "lungs", 1, Plan(), {"images": "abc"})
+    made.put("rows.parquet", b"rows")
+    assert Artifact.at(storage, "plan", "chest", 1, Plan(), {"images": "abc"}).path.startswith("plan/chest-")
+    made.commit({})
+    assert Artifact.at(storage, "plan", "chest", 1, Plan(), {"images": "abc"}).path == made.path
+    assert Artifact.at(storage, "plan", "chest", 1, Plan(), {"images": "other"}).path.startswith("plan/chest-")
+
+
+def test_an_artifact_is_opened_by_its_folder(storage: Storage) -> None:
+    made = Artifact.at(storage, "plan", "long-name", 1, Plan(), {"images": "abc"})
+    with pytest.raises(EnvironmentFault, match="not complete"):
+        Artifact.open(storage, made.path)
+    made.commit({})
+    found = Artifact.open(storage, made.path)
+    assert (found.path, found.fp, found.digest()) == (made.path, made.fp, made.digest())
