@@ -69,7 +69,7 @@ def real_subset(
     ids = train["image_id"].to_pylist()
     if training_set.n_per_class is None and training_set.fraction is None:
         return sorted(ids)
-    order = _patient_order(train, training_set.seed)
+    order = patient_order(train, training_set.seed)
     chosen = np.zeros(len(ids), dtype=bool)
     if training_set.n_per_class is not None:
         n = training_set.n_per_class
@@ -95,9 +95,9 @@ def real_subset(
     return sorted(ids[i] for i in np.flatnonzero(chosen))
 
 
-def _patient_order(train: pa.Table, seed: int) -> np.ndarray:
+def patient_order(rows: pa.Table, seed: int) -> np.ndarray:
     """Positions (N,) in seeded order of patients, each patient's images together."""
-    patients, images = train["patient_id"].to_pylist(), train["image_id"].to_pylist()
+    patients, images = _with_patients(rows)["patient_id"].to_pylist(), rows["image_id"].to_pylist()
     by_patient = seeded_hash("subset patient", seed, patients)
     by_image = seeded_hash("subset image", seed, images)
     return np.lexsort((np.asarray(images, np.str_), by_image, np.asarray(patients, np.str_), by_patient))

@@ -11,14 +11,16 @@ Knows nothing of models, nor how the chunks were decoded.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from raysynth.core.errors import DataError
 from raysynth.core.schemas import LABEL, from_parquet
 from raysynth.data.strata import primary_label, used_labels
 
@@ -36,9 +38,11 @@ class View:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.index: pa.Table = from_parquet((self.folder / INDEX).read_bytes())
-        self._chunk = np.asarray(self.index["chunk"].to_pylist(), dtype=object)
+        chunks = self.index["chunk"].combine_chunks().dictionary_encode()
+        self._names: list[str] = chunks.dictionary.to_pylist()
+        self._chunk = chunks.indices.to_numpy()
         self._row = self.index["row"].to_numpy()
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: list[np.ndarray | None] = [None] * len(self._names)
 
     def __len__(self) -> int:
         return self.index.num_rows
@@ -49,14 +53,48 @@ class View:
             n: self.index[n].to_pylist() for n in self.index.column_names if n.startswith((LABEL, "attr_"))
         }
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C) of every image."""
+        return self._map(0).shape[1:]
+
+    def positions(self, ids: pa.Array | pa.ChunkedArray | Sequence[str]) -> np.ndarray:
+        """Where images are in the index, (N,) int64.
+
+        Raises:
+            DataError: an id that the view does not have.
+        """
+        wanted = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids, pa.string())
+        found = pc.index_in(wanted, value_set=self.index["image_id"].combine_chunks())
+        if found.null_count:
+            raise DataError(
+                "image_id", wanted.filter(pc.is_null(found))[0].as_py(),
+                f"one of the {len(self)} images of {self.folder}", "The view was built for other images.",
+            )  # fmt: skip
+        return found.to_numpy(zero_copy_only=False).astype(np.int64)
+
     def images(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Pixels at `positions` of the index: (B, H, W, C) uint8."""
-        return np.stack([self._map(self._chunk[p])[self._row[p]] for p in positions])
+        images = np.empty((len(positions), *self.shape), np.uint8)
+        self.copy_to(images, range(len(positions)), positions)
+        return images
 
-    def _map(self, name: str) -> np.ndarray:
-        if name not in self._maps:
-            self._maps[name] = np.load(self.folder / CHUNKS / name, mmap_mode="r", allow_pickle=False)
-        return self._maps[name]
+    def copy_to(self, images: np.ndarray, places: Iterable[int], positions: Sequence[int] | np.ndarray) -> None:
+        """Writes the pixels at `positions` to `images[places]`.
+
+        One copy an image, straight from the map: grouping a batch by chunk costs a second one.
+        """
+        at = np.asarray(positions, np.int64)
+        for place, chunk, row in zip(places, self._chunk[at].tolist(), self._row[at].tolist(), strict=True):
+            images[place] = self._map(chunk)[row]
+
+    def _map(self, chunk: int) -> np.ndarray:
+        found = self._maps[chunk]
+        if found is None:
+            file = self.folder / CHUNKS / self._names[chunk]
+            # A plain array over the map: indexing np.memmap itself costs several times a small image's copy.
+            found = self._maps[chunk] = np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))
+        return found
 
 
 def npy_bytes(images: np.ndarray) -> bytes:
@@ -94,8 +132,10 @@ class ShuffledOrder:
 
     def batch(self, step: int) -> np.ndarray:
         """Positions of batch `step`: (batch_size,) int64."""
-        stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self._epoch(i // self.n)[i % self.n] for i in stream.tolist()], np.int64)
+        begin, end = step * self.batch_size, (step + 1) * self.batch_size
+        epochs = range(begin // self.n, (end - 1) // self.n + 1)
+        parts = [self._epoch(k)[max(0, begin - k * self.n) : end - k * self.n] for k in epochs]
+        return np.concatenate(parts).astype(np.int64)
 
 
 class BalancedOrder:
@@ -127,6 +167,25 @@ class BalancedOrder:
         return np.array(found, np.int64)
 
 
+class MixedOrder:
+    """A fixed number of images of every part in every batch, each part in an order of its own.
+
+    Places inside a batch are permuted at each step, so that any share of a batch is a mix as well.
+
+    Args:
+        parts: (order, positions its numbers stand for) of each part; the order's batch size is the part's share.
+        seed: another stream of places.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Order, np.ndarray]], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+
+    def batch(self, step: int) -> np.ndarray:
+        """Positions of batch `step`: (sum of the parts' batch sizes,) int64."""
+        found = np.concatenate([places[order.batch(step)] for order, places in self.parts])
+        return found[_permutation(len(found), self.seed, step)]
+
+
 def label_groups(
     columns: Mapping[str, Sequence[Any]], classes: Sequence[str], policy: Mapping[str, str] | None = None
 ) -> list[np.ndarray]:
@@ -139,10 +198,16 @@ def label_groups(
         policy: finding -> ignore (default), zeros or ones, as `data.labels.policy`.
     """
     names = [LABEL + c for c in classes]
-    table = pa.table({n: pa.array([None if v != v else v for v in columns[n]], pa.int8()) for n in names})
-    primary, _ = primary_label(table, policy)
+    return table_groups(
+        pa.table({n: pa.array([None if v != v else v for v in columns[n]], pa.int8()) for n in names}), policy
+    )
+
+
+def table_groups(table: pa.Table, policy: Mapping[str, str] | None = None) -> list[np.ndarray]:
+    """As `label_groups`, of every `label_*` column of a table."""
+    primary, names = primary_label(table, policy)
     positive = (used_labels(table, policy) == 1).T
-    return [*(np.flatnonzero(p) for p in positive), *(np.flatnonzero(primary == len(names) + i) for i in range(2))]
+    return [*(np.flatnonzero(p) for p in positive), *(np.flatnonzero(primary == len(names) - i) for i in (2, 1))]
 
 
 def order_for(
