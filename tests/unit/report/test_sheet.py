@@ -23,7 +23,7 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, encode_png, prepare
 from raysynth.data.pictures import StoredPictures
 from raysynth.data.plans import build_plan
-from raysynth.report import _Cells, _nearest, contact_sheet
+from raysynth.report.sheet import _Cells, _nearest, contact_sheet
 
 Rows = list[dict]
 

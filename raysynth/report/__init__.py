@@ -1,0 +1,11 @@
+"""What a person looks at: the contact sheet of real beside synthetic images, and the page that says whether they
+helped.
+
+`sheet` reads artifacts; `page` is given a `ReportData` by the stage and knows no artifact, no Ray and no network.
+"""
+
+from raysynth.report.data import ReportData
+from raysynth.report.page import render_page, write_tables
+from raysynth.report.sheet import contact_sheet, draw_sheet, write_contact_sheet
+
+__all__ = ["ReportData", "contact_sheet", "draw_sheet", "render_page", "write_contact_sheet", "write_tables"]
