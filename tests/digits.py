@@ -22,18 +22,23 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
     return np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target
 
 
-def digit_artifact(storage: Storage, n: int = 120, parts: int = 2) -> Artifact:
-    """An ingest artifact of the first `n` digits; every fourth is a test image, `attr_sex` is unknown now and then."""
+def digit_artifact(storage: Storage, n: int = 120, parts: int = 2, val: bool = False) -> Artifact:
+    """An ingest artifact of the first `n` digits; every fourth is a test image, with `val` every other fourth is a
+    validation image; `attr_sex` is unknown now and then."""
+    def split(i: int) -> str:
+        return "test" if i % 4 == 3 else "val" if val and i % 4 == 1 else "train"
+
     images, labels = digit_images()
     rows = []
     for i in range(n):
         rows.append({
-            "image_id": f"digit-{i:04d}", "dataset": "digits", "split": "test" if i % 4 == 3 else "train",
+            "image_id": f"digit-{i:04d}", "dataset": "digits", "split": split(i),
             "patient_id": f"p{i}", "image": {"bytes": encode_png(images[i]), "path": None},
             **{f"label_{c}": int(labels[i] == int(c)) for c in CLASSES},
             "attr_sex": (None, "F", "M")[i % 3], "height": 8, "width": 8,
         })  # fmt: skip
-    artifact = Artifact.at(storage, "ingest", "digits", 1, {"n": n}, {"source": "sklearn"})
+    config = {"n": n, "val": val} if val else {"n": n}
+    artifact = Artifact.at(storage, "ingest", "digits", 1, config, {"source": "sklearn"})
     table = pa.Table.from_pylist(rows, schema=image_schema(CLASSES, ["sex"]))
     share = -(-n // parts)
     for part in range(parts):

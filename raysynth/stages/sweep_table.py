@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal
 
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from raysynth.core.progress import console, duration, say
 
@@ -133,15 +135,12 @@ class SweepTable:
         kept = {id(r) for r in ranked[:room]}
         return [r for r in self.rows if id(r) in kept]
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         """The table as it is now, at most as high as the terminal."""
         shown = self.shown(console.size.height)
         hidden = Counter(r.state for r in self.rows) - Counter(r.state for r in shown)
         more = ", ".join(f"{n} more {state}" for state, n in hidden.items())
-        table = Table(
-            box=None, pad_edge=False, header_style="bold", caption_justify="left",
-            caption=" · ".join(part for part in (self.facts(), more) if part),
-        )  # fmt: skip
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for name, side in (("arm", "left"), ("seed", "right"), ("state", "left"), ("step", "right"),
                            ("validation", "left"), ("time", "right")):  # fmt: skip
             table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
@@ -151,4 +150,5 @@ class SweepTable:
                 r.arm, str(r.seed), r.state, f"{r.step:,}/{r.steps:,}", r.reason or value,
                 duration(r.seconds) if r.seconds is not None else "", style=STYLES[r.state],
             )  # fmt: skip
-        return table
+        facts = " · ".join(part for part in (self.facts(), more) if part)
+        return Group(table, Text(facts, style="dim", no_wrap=True, overflow="ellipsis"))

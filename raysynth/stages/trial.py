@@ -20,7 +20,6 @@ from typing import Any
 from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.experiment import Compute
 from raysynth.core.storage import is_storage_fault
-from raysynth.stages.classifier_loop import run_trial
 from raysynth.stages.sweep_table import SweepTable
 from raysynth.stages.train_classifier import ClassifierTask
 from raysynth.stages.train_generator import slots
@@ -30,6 +29,7 @@ WORKER_DEATHS = 3
 TUNE_QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # curves are in each classifier's own log
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a box even where it is told to be silent
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it would turn Ctrl-C into a finished sweep
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # the root may be a relative folder
 }
@@ -48,6 +48,8 @@ class Ending:
 def train_arm(config: dict[str, Any], tasks: Sequence[ClassifierTask]) -> None:
     """Tune's function trainable, in the worker: trains task `config["trial"]` and reports its validations."""
     from ray import tune
+
+    from raysynth.stages.classifier_loop import run_trial
 
     try:
         run_trial(tasks[config["trial"]], tune.report)
@@ -85,8 +87,8 @@ def side_by_side(compute: Compute, gpu: bool, nodes: Sequence[dict[str, float]])
     if not room:
         one = " and ".join(f"{n:g} {kind}" for kind, n in each.items())
         raise EnvironmentFault(
-            f"compute.trial_cpus, compute.trial_gpus: a trial takes {workers} process(es) of {one}, which the cluster's "
-            f"{len(nodes)} node(s) do not have. Lower them or add nodes."
+            f"compute.trial_cpus, compute.trial_gpus: a trial takes {workers} process(es) of {one}, for which the "
+            f"cluster's {len(nodes)} node(s) have no room. Lower them or add nodes."
         )
     return room
 

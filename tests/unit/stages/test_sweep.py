@@ -1,0 +1,149 @@
+"""What a sweep makes once for all of its arms, how it names its trials, and what a dry run knows. No Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.config import build_experiment
+from raysynth.core.errors import EnvironmentFault
+from raysynth.core.experiment import Compute, Experiment
+from raysynth.core.storage import open_storage
+from raysynth.stages.pipeline import Pipeline
+from raysynth.stages.plan import plan
+from raysynth.stages.sweep import _cover, arm_pipelines, find_trials, named_trials
+from raysynth.stages.sweep_plan import plan_of_sweep
+from raysynth.stages.trial import side_by_side, trial_resources
+from tests.digits import digit_artifact
+
+ARMS: dict[str, Any] = {
+    "real": {"training_set.strategy": "real"},
+    "x1": {"training_set.strategy": "mix", "training_set.ratio": 1},
+    "x3": {"training_set.strategy": "mix", "training_set.ratio": 3},
+    "first 5": {"training_set.strategy": "pretrain", "training_set.n_synth": 5},
+}
+
+
+def experiment(root: Path, arms: dict[str, Any] = ARMS, **sections: Any) -> Experiment:
+    return build_experiment({
+        "name": "digits", "root": str(root), "data": {"kind": "digits", "image": {"size": 8, "channels": "grey"}},
+        "training_set": {"n_per_class": 2}, "plan": {"replicas": 4}, "classifier": {"steps": 100, "batch_size": 8},
+        "sweep": {"arms": arms, "seeds": [0, 1]}, **sections,
+    })  # fmt: skip
+
+
+def ingested(e: Experiment) -> Pipeline:
+    """A pipeline whose ingest is done: 160 digits, every fourth for test, every fourth for validation."""
+    pipeline = Pipeline(e)
+    pipeline.images = digit_artifact(open_storage(e.root), n=160, val=True)
+    return pipeline
+
+
+def planned(pipeline: Pipeline) -> None:
+    """Stands for a trained generator, and makes the plans of all arms."""
+    for _, p in arm_pipelines(pipeline, pipeline.experiment):
+        if not p.generator.complete:
+            p.generator.put("export/condition.json", p.generator.fp.encode())
+            p.generator.commit({})
+        if not p.plan.complete:
+            plan(p.experiment, p.storage, p.images)
+
+
+def lists(pipeline: Pipeline) -> dict[str, Artifact]:
+    """Arm -> what lists its synthetic images."""
+    own = arm_pipelines(pipeline, pipeline.experiment)
+    needing = {i: p for i, (_, p) in enumerate(own) if p.experiment.training_set.needs_synthetic}
+    return {f"{own[i][0].name}, {own[i][0].seed}": a for i, a in _cover(needing).items()}
+
+
+def test_the_largest_selection_is_made_for_all(tmp_path: Path) -> None:
+    pipeline = ingested(experiment(tmp_path))
+    planned(pipeline)
+    found = lists(pipeline)
+    assert set(found) == {f"{a}, {s}" for a in ("x1", "x3", "first 5") for s in (0, 1)}
+    assert len({a.path for a in found.values()}) == 1
+    assert next(iter(found.values())).identity["config"]["ratio"] == 3
+
+
+def test_arms_with_another_guidance_or_generator_seed_have_images_of_their_own(tmp_path: Path) -> None:
+    arms = {"x1": ARMS["x1"], "x3": ARMS["x3"], "x2 w": {"training_set.ratio": 2, "sampling.guidance_scale": 2},
+            "x2 g": {"training_set.ratio": 2, "generator.seed": 1}}  # fmt: skip
+    pipeline = ingested(experiment(tmp_path, arms))
+    planned(pipeline)
+    assert [(k, a.identity["config"]["ratio"], a.identity["config"]["set"]["guidance_scale"]) for k, a in
+            lists(pipeline).items() if k.endswith("0")] == [
+        ("x3, 0", 3, 1), ("x1, 0", 3, 1), ("x2 w, 0", 2, 2), ("x2 g, 0", 2, 1),
+    ]  # fmt: skip
+
+
+def test_an_arm_that_trains_on_all_it_renders_gets_exactly_that(tmp_path: Path) -> None:
+    arms = {"x3": ARMS["x3"], "x2 rendered": {"training_set.strategy": "mix", "plan.ratio": 2},
+            "all": {"training_set.strategy": "mix"}}  # fmt: skip
+    pipeline = ingested(experiment(tmp_path, arms))
+    planned(pipeline)
+    found = {k: a.identity["config"]["ratio"] for k, a in lists(pipeline).items() if k.endswith("0")}
+    assert found == {"all, 0": None, "x3, 0": None, "x2 rendered, 0": 2}
+
+
+def test_trials_have_names_once_their_images_are_there(tmp_path: Path) -> None:
+    pipeline = ingested(experiment(tmp_path, validation_free()))
+    own = arm_pipelines(pipeline, pipeline.experiment)
+    assert [t is None for t in named_trials(own)] == [False, False, True, True]
+    with pytest.raises(EnvironmentFault, match=r"2 of 4 arms wait for their images\. Run `raysynth sweep` first"):
+        find_trials(pipeline, pipeline.experiment)
+
+
+def validation_free() -> dict[str, Any]:
+    return {k: ARMS[k] for k in ("real", "x1")}
+
+
+def test_dry_run_before_and_after_ingest(tmp_path: Path) -> None:
+    e = experiment(tmp_path, evaluation={"min_positives": 2})
+    before = plan_of_sweep(Pipeline(e), e)
+    assert (before.trials, before.done, before.sets, before.detectable) == (8, None, None, None)
+    assert before.lines()[0] == "sweep: 8 trials, not known before their images are made"
+    pipeline = ingested(e)
+    known = plan_of_sweep(pipeline, e)
+    assert known.done == 0
+    assert known.sets is not None
+    assert [(s.wanted, s.left, s.hours) for s in known.sets] == [(60, 60, None)]  # 3 x 20, once
+    assert known.trial_hours is None
+    assert known.detectable is not None
+    assert sum(known.detectable.n_pos) == 40  # the test images, no other
+    assert 0.01 < known.detectable.difference < 0.5
+    planned(pipeline)
+    assert plan_of_sweep(pipeline, e) == known
+
+
+def test_dry_run_prices_what_is_left_at_the_pace_of_finished_classifiers(tmp_path: Path) -> None:
+    e = experiment(tmp_path, validation_free(), compute={"price_per_gpu_hour": 3.0})
+    pipeline = ingested(e)
+    done = find_or_none(pipeline)[0]
+    done.put("members.parquet", b"")
+    done.commit({"steps": 50}, gpu_seconds=180, train_seconds=360.0)
+    found = plan_of_sweep(pipeline, e)
+    assert found.done == 1
+    # Three left, 100 steps each at 7.2 s a step; half of it on a GPU.
+    assert found.trial_hours == pytest.approx(3 * 100 * 7.2 / 3600)
+    assert found.trial_cost == pytest.approx(3 * 100 * 3.6 / 3600 * 3.0)
+    assert "sweep: 0.60 trial hours of training, cost 0.90" in found.lines()
+
+
+def find_or_none(pipeline: Pipeline) -> list[Artifact]:
+    return [t.classifier for t in named_trials(arm_pipelines(pipeline, pipeline.experiment)) if t is not None]
+
+
+def test_how_many_trials_fit() -> None:
+    box = [{"CPU": 2.0, "memory": 1e9}]
+    assert side_by_side(Compute(), False, box) == 2
+    assert side_by_side(Compute(trial_cpus=2), False, box) == 1
+    assert side_by_side(Compute(trial_gpus=0.5), True, [{"CPU": 16.0, "GPU": 2.0}]) == 4
+    # A trial that has two workers takes no CPU itself: on two of them it would wait for its own workers.
+    pair = Compute(classifier_workers=2)
+    assert side_by_side(pair, False, box) == 1
+    assert "CPU" not in trial_resources(pair, False)
+    with pytest.raises(EnvironmentFault, match=r"takes 1 process\(es\) of 4 CPU, for which.*1 node"):
+        side_by_side(Compute(trial_cpus=4), False, box)
