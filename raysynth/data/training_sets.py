@@ -261,7 +261,7 @@ def _check_validation(table: pa.Table, ids: list[str], policy: Mapping[str, str]
     """Raises DataError if no finding has both a positive and a negative image; notes those that have not."""
     rows = table.filter(pc.is_in(table["image_id"], value_set=pa.array(ids, pa.string())))
     names, known = label_names(table.schema), _known([rows], policy)
-    lacking = [n for n, judged in zip(names, (known > 0).all(axis=0)) if not judged]
+    lacking = [n for n, has, has_not in zip(names, *known) if not (has and has_not)]
     if len(lacking) == len(names):
         found = ", ".join(f"{n} {k}" for n, k in zip(names, known[0]) if k)
         raise DataError(

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raysynth.core.config import build_experiment
 from raysynth.core.errors import ConfigError, DataError
-from raysynth.core.evidence import TrainingSet
-from raysynth.core.experiment import Experiment
+from raysynth.core.evidence import Classifier, Pretrain, TrainingSet
+from raysynth.core.experiment import Data, Experiment, Generator, Labels, Plan
 from raysynth.core.schemas import members_schema
 from raysynth.data.plans import build_plan
 from raysynth.data.subsets import generator_rows, real_subset
@@ -28,11 +27,13 @@ FEW = settings(max_examples=20, deadline=None)
 
 
 def experiment(strategy: str = "mix", kind: str = "single", **sections: Any) -> Experiment:
-    training_set = {"strategy": strategy, "n_per_class": 10, **sections.pop("training_set", {})}
-    return build_experiment({
-        "name": "t", "data": {"kind": "digits", "labels": {"kind": kind, **sections.pop("labels", {})}},
-        "classifier": {"steps": 101}, "training_set": training_set, **sections,
-    })  # fmt: skip
+    training_set = {"n_per_class": 10, **sections.pop("training_set", {})}
+    training_set["pretrain"] = Pretrain(**training_set.pop("pretrain", {}))
+    data = Data(kind="digits", labels=Labels(kind=kind, **sections.pop("labels", {})))  # type: ignore[arg-type]
+    return Experiment(
+        name="t", data=data, classifier=Classifier(steps=101), plan=Plan(**sections.pop("plan", {})),
+        training_set=TrainingSet(strategy=strategy, **training_set), generator=Generator(**sections),  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def chosen(e: Experiment, table: pa.Table = TABLE) -> Chosen:
@@ -90,7 +91,7 @@ def test_strategies_without_synthetic_images_need_none() -> None:
 
 
 def test_the_upper_bound_has_what_the_generator_saw() -> None:
-    e = experiment("upper_bound", generator={"train_on": "donor"})
+    e = experiment("upper_bound", train_on="donor")
     found = choose(e, TABLE, None)
     assert set(ids(found)) == {*subset_of(e), *generator_rows(TABLE, e)}
     assert found.n_real == len(ids(found)) > 100
@@ -203,7 +204,7 @@ def test_permuted_labels_keep_their_histogram_and_leave_their_images() -> None:
 
 @pytest.mark.parametrize("strategy", ["real", "mix", "duplicate", "upper_bound", "pretrain"])
 def test_no_member_rests_on_a_held_out_patient(strategy: str) -> None:
-    e = experiment(strategy, generator={"train_on": "train"})
+    e = experiment(strategy, train_on="train")
     found, plan = chosen(e), build_plan(TABLE, e)
     source = dict(zip(plan["row_key"].to_pylist(), plan["source_image_id"].to_pylist()))
     images = [source.get(i, i) for i in found.members["id"].to_pylist()]
@@ -277,7 +278,7 @@ def test_scaled_validation_is_nested_and_keeps_every_class(n: int, more: int, mu
 
     def scaled(k: int) -> tuple[list[str], list[str]]:
         size = {"fraction": k / 70} if fraction else {"n_per_class": k}
-        t = TrainingSet(validation="scaled", **size)  # type: ignore[arg-type]
+        t = TrainingSet(validation="scaled", **size)
         subset = real_subset(table, t)
         return subset, validation_ids(table, t, subset)
 
