@@ -1,0 +1,176 @@
+"""Whether one arm is better than another on the same test images, over training seeds.
+
+Two-level bootstrap: patients are resampled with replacement, the same ones for both arms and every seed, and so are
+seeds, in pairs (seed s of one arm with seed s of the other). Of S seeds, S - 1 are drawn: the mean of S - 1 draws has
+variance s^2 / S without bias, where S draws would understate it by (S - 1) / S (Rao & Wu, JASA 83, 1988), a third
+less at three seeds. One seed alone says nothing of training noise, and `sd_seeds` is then None.
+
+    p = 2 min(1 + #{d_b <= 0}, 1 + #{d_b >= 0}) / (B + 1), at most 1          (two-sided, never 0)
+    minimum detectable difference = (z_{1 - alpha/2} + z_{0.8}) standard error
+
+Knows no experiment: which contrast is confirmatory is the caller's to say; `holm` adjusts the p values of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from scipy.stats import norm
+
+from raysynth.core.errors import DataError
+from raysynth.core.evidence import Evaluation
+from raysynth.metrics.bootstrap import interval
+from raysynth.metrics.estimates import MACRO, WITHOUT, Estimate, estimate
+from raysynth.metrics.samples import Sample, groups, intersections, read_sample
+
+POWER = 0.8
+
+
+class Scored(NamedTuple):
+    """One seed of an arm: what its classifier said of the test images, and its frozen thresholds."""
+
+    predictions: pa.Table
+    thresholds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """arm - against. The numbers are None where the metric is withheld."""
+
+    test_set: str
+    metric: str
+    finding: str
+    """As asked for, or `macro without X` where a finding of the fixed set is withheld."""
+    subgroup: str
+    difference: float | None
+    ci_low: float | None
+    ci_high: float | None
+    p: float | None
+    arm_value: float | None
+    """Mean over seeds."""
+    against_value: float | None
+    sd_seeds: float | None
+    """Standard deviation of the paired difference over seeds."""
+    n: int
+    n_patients: int
+    seeds: int
+    standard_error: float | None
+    minimum_detectable_difference: float | None
+    degenerate: int
+    """Resamplings left out, in which the metric was not defined."""
+
+
+def compare(
+    arm: Sequence[Scored],
+    against: Sequence[Scored],
+    metric: str,
+    evaluation: Evaluation,
+    kind: str,
+    finding: str = MACRO,
+    subgroup: str = "",
+) -> Comparison:
+    """Paired difference of two arms, with its interval over patients and seeds.
+
+    Args:
+        arm, against: one entry a seed, in the same order of seeds.
+        metric: any of `metrics.discrimination`.
+        kind: `single` or `multi`.
+        finding: a finding, or `macro`.
+        subgroup: empty, `attribute=value`, or a pair of those as `metrics.samples.intersections` names them.
+
+    Raises:
+        DataError: other images, labels or patients in one of the tables, no seeds or not as many in both arms, or no
+            such metric, finding or subgroup.
+    """
+    if not arm or len(arm) != len(against):
+        raise DataError("seeds", (len(arm), len(against)), "as many in both arms, at least one")
+    samples = [read_sample(s.predictions, kind) for s in (*arm, *against)]
+    first = samples[0]
+    for other in samples[1:]:
+        _check_same(first, other)
+    rows = _rows(first, subgroup)
+    found = [_estimate(x, s, metric, evaluation, kind, finding, {subgroup: rows})
+             for x, s in zip(samples, (*arm, *against))]  # fmt: skip
+    e = found[0]
+    fixed = (first.test_set, metric, e.finding, subgroup)
+    counts = (e.n, e.n_patients, len(arm))
+    if e.value is None:
+        return Comparison(*fixed, *[None] * 7, *counts, None, None, 0)
+    points = np.array([x.value for x in found]).reshape(2, -1)  # (2, S)
+    draws = np.stack([x.draws for x in found]).reshape(2, len(arm), -1)  # (2, S, B)
+    by_seed = points[0] - points[1]
+    drawn = _mean_over_seeds(draws[0] - draws[1], evaluation.seed)
+    kept = drawn[~np.isnan(drawn)]
+    low, high, degenerate = interval(drawn, evaluation.confidence)
+    p = error = detectable = None
+    if low is not None and e.n_patients > 1:
+        p = min(1.0, 2 * (1 + min(int((kept <= 0).sum()), int((kept >= 0).sum()))) / (len(kept) + 1))
+        error = float(kept.std(ddof=1))
+        detectable = float(error * (norm.ppf((1 + evaluation.confidence) / 2) + norm.ppf(POWER)))
+    else:
+        low = high = None
+    return Comparison(
+        *fixed, float(by_seed.mean()), low, high, p, float(points[0].mean()), float(points[1].mean()),
+        float(by_seed.std(ddof=1)) if len(arm) > 1 else None, *counts, error, detectable, degenerate,
+    )  # fmt: skip
+
+
+def _mean_over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
+    """(S, B) differences by seed and resampling -> (B,) means over S - 1 seeds drawn in each resampling."""
+    S, B = differences.shape
+    # Patient resampling b is seeded by [seed, b], which is [seed, b, 0]: this stream is apart from all of them.
+    drawn = np.random.default_rng([seed, 0, 1]).integers(S, size=(max(S - 1, 1), B))
+    return np.take_along_axis(differences, drawn, axis=0).mean(axis=0)
+
+
+def _estimate(
+    sample: Sample, scored: Scored, metric: str, evaluation: Evaluation, kind: str, finding: str,
+    group: Mapping[str, np.ndarray],
+) -> Estimate:  # fmt: skip
+    if finding != MACRO and finding not in sample.names:
+        raise DataError("finding", finding, f"macro, or one of {', '.join(sample.names)}")
+    findings = None if finding == MACRO else [finding]
+    found = estimate(sample, scored.thresholds, evaluation, kind, group, [metric], findings)
+    matching = [e for e in found if e.finding == finding or (finding == MACRO and e.finding.startswith(WITHOUT))]
+    if not matching:
+        raise DataError("metric", metric, f"a metric that {finding} has in {kind}-label data")
+    return next((e for e in matching if e.value is not None), matching[0])
+
+
+def _rows(sample: Sample, subgroup: str) -> np.ndarray:
+    attributes = list(sample.attributes) if subgroup else []
+    known = groups(sample, [*attributes, "site"] if subgroup else [])
+    if " & " in subgroup and subgroup not in known:
+        known |= intersections(sample, [*attributes, "site"])
+    if subgroup not in known:
+        raise DataError("subgroup", subgroup, f"one of {', '.join(n for n in known if n)}, or empty")
+    return known[subgroup]
+
+
+def _check_same(one: Sample, other: Sample) -> None:
+    """Raises DataError unless both are the same images with the same truth."""
+    if one.image_ids != other.image_ids:
+        apart = sorted(set(one.image_ids) ^ set(other.image_ids))
+        got = f"{len(apart)} images in one of two tables only, such as {apart[0]}"
+        raise DataError("image_id", got, "the same test images in every arm", "Predict the same test set again.")
+    if (one.test_set, one.names) != (other.test_set, other.names):
+        got = ((one.test_set, one.names), (other.test_set, other.names))
+        raise DataError("test_set, findings", got, "the same in every arm")
+    for what, a, b in (("true_*", one.truth, other.truth), ("patient_id", one.patient, other.patient)):
+        if not np.array_equal(a, b):
+            raise DataError(what, "different values of the same images", "the same in every arm")
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Adjusted p values of a family of comparisons (Holm, Scand. J. Stat. 6, 1979), in the order given: the k-th
+    smallest of m is multiplied by m - k + 1, made rising, and cut at 1."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = p.argsort(kind="stable")
+    rising = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(rising, 1)
+    return adjusted
