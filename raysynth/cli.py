@@ -18,10 +18,11 @@ from raysynth.core.progress import console, say
 
 if TYPE_CHECKING:
     from raysynth.core.experiment import Experiment
+    from raysynth.stages.pipeline import Pipeline
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="Real medical images in, a synthetic set that survives any crash out. One YAML file is one experiment.",
+    help="Real medical images in; a synthetic set that survives any crash, and an answer whether it helped, out.",
     epilog="Exit codes: 0 done, 2 the file or the data is wrong, 3 a gate failed, 4 environment fault (retry).",
 )  # fmt: skip
 
@@ -42,7 +43,7 @@ def _load(file: str, words: list[str] | None) -> Experiment:
 
 
 def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_failed: bool = False) -> None:
-    """Runs the stages in order; after `generate`, draws the contact sheet."""
+    """Runs the stages in order; after `generate` draws the contact sheet, after `evaluate` writes the report."""
     from raysynth.stages.pipeline import Pipeline
 
     pipeline = Pipeline(experiment)
@@ -61,14 +62,24 @@ def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_fail
 
         sheet = write_contact_sheet(pipeline)
         say(f"contact sheet: {pipeline.storage.url(sheet)}")
+    if stages[-1] == "evaluate":
+        _report(pipeline)
+
+
+def _report(pipeline: Pipeline) -> None:
+    from raysynth.report import show_answer, write_report
+
+    folder = write_report(pipeline)
+    show_answer(pipeline, folder)
 
 
 @app.command()
 def run(file: File, words: Words = None, dry_run: DryRun = False, retry_failed: Retry = False) -> None:
     """Every stage that is missing, in order."""
-    from raysynth.stages.pipeline import ARTIFACTS
+    from raysynth.stages.pipeline import stages_of
 
-    _stages(_load(file, words), list(ARTIFACTS), dry_run, retry_failed)
+    experiment = _load(file, words)
+    _stages(experiment, stages_of(experiment), dry_run, retry_failed)
 
 
 @app.command()
@@ -93,6 +104,32 @@ def plan(file: File, words: Words = None, dry_run: DryRun = False) -> None:
 def generate(file: File, words: Words = None, dry_run: DryRun = False, retry_failed: Retry = False) -> None:
     """Render whatever of the plan is missing with a pool of actors."""
     _stages(_load(file, words), ["generate"], dry_run, retry_failed)
+
+
+@app.command("train-classifier")
+def train_classifier(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """Train one classifier on real and synthetic images by strategy; a sweep trains many."""
+    _stages(_load(file, words), ["train-classifier"], dry_run)
+
+
+@app.command()
+def sweep(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """Render what the arms need, then train every missing arm with Ray Tune."""
+    _stages(_load(file, words), ["sweep"], dry_run)
+
+
+@app.command()
+def evaluate(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+    """Predict the test sets once; metrics, intervals, subgroups, paired differences, fidelity; then the report."""
+    _stages(_load(file, words), ["evaluate"], dry_run)
+
+
+@app.command()
+def report(file: File, words: Words = None) -> None:
+    """One self-contained HTML page, with every table as CSV, from what `evaluate` left."""
+    from raysynth.stages.pipeline import Pipeline
+
+    _report(Pipeline(_load(file, words)))
 
 
 @app.command()
@@ -143,16 +180,16 @@ def quickstart(
     root: Annotated[str, typer.Option("--root", help="Where artifacts go.")] = "runs",
     short: Annotated[bool, typer.Option("--short", help="Fewer steps and images; what CI runs.")] = False,
 ) -> None:
-    """Real digits, CPU, minutes: train a generator, render 2,000 images with an actor pool, draw the contact sheet."""
+    """Real digits, CPU, minutes: train a generator, render images, train classifiers with and without, report."""
     from raysynth.core.config import load_experiment
 
     words = [f"root={root}"]
     if short:
         words += SHORT
     experiment = load_experiment(str(Path(__file__).parent / "quickstart.yaml"), words)
-    from raysynth.stages.pipeline import ARTIFACTS
+    from raysynth.stages.pipeline import stages_of
 
-    _stages(experiment, list(ARTIFACTS), dry_run=False)
+    _stages(experiment, stages_of(experiment), dry_run=False)
 
 
 def environment_fault(error: BaseException) -> str | None:

@@ -44,6 +44,7 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.first: tuple[float, int] | None = None
         self.live = sys.stdout.isatty()
+        self._said: int | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -83,5 +84,6 @@ class Progress:
         if self.live:
             sys.stdout.write("\r\x1b[2K" + self.line() + ("\n" if last else ""))
             sys.stdout.flush()
-        else:
+        elif not last or self._said != self.done:
+            self._said = self.done
             say(self.line())

@@ -76,8 +76,8 @@ class Loop:
         self.members = from_parquet(task.storage.get(task.artifact.file("members.parquet")))
         self.feeds = [self._feed(phase) for phase in range(len(task.phase_steps))]
         self.training = ClassifierTraining(
-            task.classifier, len(task.classes), task.channels, task.kind, task.modality, device=device,
-        )  # fmt: skip
+            task.classifier, len(task.classes), task.channels, task.kind, task.modality, self._class_weights(), device
+        )
         if self.world > 1:
             self.training.distribute()
         self.validation = validation_view(task, self.views["validation"])
@@ -105,21 +105,21 @@ class Loop:
             phase = next(i for i, end in enumerate(ends) if training.step < end)
             begun = ends[phase] - t.phase_steps[phase]
             if training.step == begun:
-                self._begin(phase)
+                training.begin(phase, t.phase_steps[phase], t.pretrain if len(ends) > 1 else None)
             batch = self.feeds[phase].batch(training.step - begun, mine)
-            losses = losses + training.update(batch.images, batch.labels, mine).detach()
+            losses = losses + training.update(batch.images, batch.labels, mine)
             since += 1
             if training.step in ends or training.step % every == 0:
                 self._validate(phase, float(losses) / since)
                 losses, since = 0.0, 0
 
-    def _begin(self, phase: int) -> None:
-        weights = self.feeds[phase].class_weights(self.task.kind) if self._weighted else None
-        self.training.begin(phase, self.task.phase_steps[phase], self.task.pretrain, weights)
-
-    @property
-    def _weighted(self) -> bool:
-        return self.task.classifier.class_weights == "balanced"
+    def _class_weights(self) -> np.ndarray | None:
+        """Of the last stage's members: n / (classes n_class) of each class, negatives / positives of each finding."""
+        if self.task.classifier.class_weights == "none":
+            return None
+        positive, negative = self.feeds[-1].class_counts().astype(np.float32)
+        least = np.maximum(positive, 1)
+        return negative / least if self.task.kind == "multi" else positive.sum() / (len(positive) * least)
 
     def _validate(self, phase: int, loss: float) -> None:
         if not math.isfinite(loss):

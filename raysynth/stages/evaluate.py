@@ -23,7 +23,7 @@ from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import metric_schema, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.metrics.comparisons import Scored, compare, holm
-from raysynth.metrics.discrimination import evaluate as judge
+from raysynth.metrics.metric_table import evaluate as judge
 from raysynth.stages.predictions import (
     TestSet,
     Trial,
@@ -137,8 +137,7 @@ def compare_arms(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet]
     for arm, name, reference in references:
         for metric, result in ray.get(reference).items():
             primary = (arm, name, metric) == (p.arm, p.test_set, p.metric)
-            rows.append({"arm": arm, "against": against, "metric": metric, "test_set": name, "finding": "macro",
-                         "subgroup": "", **result, "primary": primary})  # fmt: skip
+            rows.append({"arm": arm, "against": against, **result, "primary": primary})
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame

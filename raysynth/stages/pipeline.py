@@ -5,21 +5,23 @@ Ray is connected when the first stage needs it, so that a run with nothing to do
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cached_property
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import arms
+from raysynth.core.config import Arm, arms
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages import cluster
 from raysynth.stages.evaluate import evaluate, evaluate_artifact
+from raysynth.stages.fidelity import fidelity, fidelity_artifact
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
 from raysynth.stages.predictions import Trial, test_sets
-from raysynth.stages.sweep import find_trials, load_trials, sweep, sweep_artifact
+from raysynth.stages.sweep import arm_pipelines, find_trials, load_trials, sweep, sweep_artifact
 from raysynth.stages.train_classifier import classifier_artifact, prepare, train_classifier
 from raysynth.stages.train_generator import generator_artifact, train_generator
 from raysynth.synth.sets import SyntheticSet
@@ -127,6 +129,27 @@ class Pipeline:
         sets = test_sets(self.experiment, self.storage, self.images)
         return evaluate_artifact(self.experiment, self.storage, self.trials, sets)
 
+    @property
+    def arm_pipelines(self) -> list[tuple[Arm, Pipeline]]:
+        """Every arm of the experiment with its own pipeline; without a sweep, the experiment itself."""
+        return arm_pipelines(self, self.experiment)
+
+    @property
+    def rendered(self) -> dict[str, Pipeline]:
+        """Folder of each distinct generate artifact that the classifiers' images are in -> a pipeline that has it."""
+        found: dict[str, Pipeline] = {}
+        largest: dict[str, int] = {}
+        for _, p in self.arm_pipelines:
+            if p.experiment.training_set.needs_synthetic:
+                run = p.generated.run_info() if p.generated.complete else None
+                if run is None:
+                    continue
+                key, n = run["synthetic_set"], run["counts"]["wanted"]
+                # Of several selections from one set, the largest shows the others too.
+                if n > largest.get(key, 0):
+                    largest[key], found[key] = n, p
+        return {p.generated.path: p for p in found.values()}
+
     def artifact(self, stage: str) -> Artifact:
         """The artifact of a stage; EnvironmentFault if an earlier stage is not complete."""
         return getattr(self, ARTIFACTS[stage])
@@ -140,6 +163,19 @@ class Pipeline:
             except EnvironmentFault:
                 known[stage] = None
         return known
+
+    def measure_fidelity(self) -> list[Artifact]:
+        """How close every synthetic set is to held-out real images, where an extractor is asked for."""
+        if self.experiment.evaluation.fidelity.extractor == "none":
+            return []
+        found = []
+        for p in self.rendered.values():
+            e = dataclasses.replace(p.experiment, evaluation=self.experiment.evaluation, name=self.experiment.name)
+            artifact = fidelity_artifact(e, self.storage, p.images, p.generated)
+            if not artifact.complete:
+                artifact = fidelity(e, self.storage, p.images, p.generated, self.resources)
+            found.append(artifact)
+        return found
 
     def do(self, stage: str, retry_failed: bool = False) -> Artifact:
         """Runs one stage, or says that it is done."""
@@ -163,4 +199,5 @@ class Pipeline:
             return generate(e, s, self.generator, self.plan, resources, retry_failed)
         if stage == "train-classifier":
             return train_classifier(prepare(e, s, self.images, self._training_images, bool(resources.gpus)))
+        self.measure_fidelity()
         return evaluate(e, s, self.images, self.trials)

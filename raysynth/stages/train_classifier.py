@@ -149,7 +149,8 @@ def prepare(
         artifact, classifier, e.training_set.pretrain, e.training_set.real_fraction, members.phase_steps, views,
         classes, e.data.labels.kind, dict(e.data.labels.policy), e.data.image.preset,
         1 if resolve_image(e.data.image).channels == "grey" else 3, members.validation,
-        {"n_real": members.n_real, "n_synth": members.n_synth, "n_validation": len(members.validation)},
+        {"n_real": members.n_real, "n_synth": members.n_synth, "n_validation": len(members.validation),
+         "n_missing": members.n_missing},
         trial_facts(e, table, generated, members), e.compute, gpu, {"command": sys.argv, "git": git_state()},
     )  # fmt: skip
 
@@ -175,6 +176,7 @@ def trial_facts(e: Experiment, table: pa.Table, generated: Artifact | None, memb
         "sampling_steps": e.sampling.steps if used else None,
         "gradient_steps": c.steps, "batch_size": c.batch_size, "seed_split": e.data.split.seed, "seed_subset": t.seed,
         "seed_generator": e.generator.seed if used else None, "seed_classifier": c.seed, "fold": None,
+        "notes": members.notes,
     }  # fmt: skip
 
 

@@ -1,0 +1,278 @@
+"""Collects what the stages left into a `ReportData`, and writes the page with its tables.
+
+Input: a pipeline whose `evaluate` is complete. Output: `report/<name>-<fp>/index.html` and one CSV a table. Reads
+artifacts only: no number is computed here that a table does not hold.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from rich.table import Table
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.config import resolved
+from raysynth.core.identity import plain
+from raysynth.core.progress import console, say
+from raysynth.core.schemas import from_parquet
+from raysynth.report.data import ReportData
+from raysynth.report.downloads import write_tables
+from raysynth.report.page import render_page
+from raysynth.report.sheet import write_contact_sheet
+
+if TYPE_CHECKING:
+    from raysynth.stages.pipeline import Pipeline
+    from raysynth.stages.predictions import Trial
+
+STAGE = "report"
+STAGE_VERSION = 1
+
+
+def write_report(pipeline: Pipeline) -> Artifact:
+    """Writes page and tables unless they are there. Raises EnvironmentFault if `evaluate` is not complete."""
+    evaluated, fidelities = pipeline.evaluated, pipeline.measure_fidelity()
+    inputs = {"evaluate": evaluated.digest(), **{f"fidelity {i}": a.digest() for i, a in enumerate(fidelities)}}
+    artifact = Artifact.at(pipeline.storage, STAGE, pipeline.experiment.name, STAGE_VERSION, {}, inputs)
+    if artifact.complete:
+        return artifact
+    data = gather(pipeline, evaluated, fidelities)
+    for name, content in write_tables(data).items():
+        artifact.put(name, content)
+    artifact.put("index.html", render_page(data).encode())
+    artifact.commit({"arms": len(data.arms), "metrics": len(data.metrics)})
+    return artifact
+
+
+def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifact]) -> ReportData:
+    """Everything the page shows."""
+    e, trials = pipeline.experiment, pipeline.trials
+    runs = [t.classifier.run_info() for t in trials]
+    metrics = _table(evaluated, "metrics.parquet")
+    p = e.evaluation.primary
+    rendered = pipeline.rendered
+    made = [(words, a) for words, a in _made(pipeline, trials)]
+    return ReportData(
+        name=e.name,
+        created=datetime.now(UTC).date().isoformat(),
+        experiment_yaml=yaml.safe_dump(plain(resolved(e), "experiment"), sort_keys=False),
+        metrics=metrics,
+        comparisons=_table(evaluated, "comparisons.parquet"),
+        confusion=_confusion(pipeline, trials),
+        curves=_curves(trials),
+        reliability=_reliability(pipeline, trials),
+        fidelity=_fidelity(fidelities, rendered),
+        cost=_cost(made, e.compute.price_per_gpu_hour),
+        arms=_arms(pipeline, trials, runs),
+        provenance=_provenance([*made, ("evaluate", evaluated), *(("fidelity", a) for a in fidelities)]),
+        notes=_notes(pipeline, metrics, runs),
+        sheets=[(_sheet_words(q), q.storage.get(write_contact_sheet(q))) for q in rendered.values()],
+        primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
+        confidence=e.evaluation.confidence,
+    )
+
+
+def _table(artifact: Artifact, name: str) -> pd.DataFrame:
+    return from_parquet(artifact.storage.get(artifact.file(name))).to_pandas()
+
+
+def _by_arm(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
+    found: dict[str, list[Trial]] = {}
+    for t in trials:
+        found.setdefault(t.arm, []).append(t)
+    return found
+
+
+def _arms(pipeline: Pipeline, trials: Sequence[Trial], runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    facts = {id(t): r["facts"] for t, r in zip(trials, runs, strict=True)}
+    settings = {arm.name: arm.settings for arm, _ in pipeline.arm_pipelines}
+    rows = []
+    for name, mine in _by_arm(trials).items():
+        first = facts[id(mine[0])]
+        changes = ", ".join(f"{k} {plain(v, k)}" for k, v in settings.get(name, {}).items())
+        rows.append({**{k: v for k, v in first.items() if k != "notes"}, "arm": name, "changes": changes,
+                     "seeds": ", ".join(str(t.seed) for t in mine)})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _confusion(pipeline: Pipeline, trials: Sequence[Trial]) -> dict[str, tuple[np.ndarray, list[str]]]:
+    from raysynth.metrics.metric_table import confusion
+
+    found: dict[str, tuple[np.ndarray, list[str]]] = {}
+    for name, predictions, thresholds in _predicted(pipeline, trials):
+        counts, names = confusion(predictions, thresholds, pipeline.experiment.data.labels.kind)
+        found[name] = (counts + found[name][0] if name in found else counts, names)
+    return found
+
+
+def _predicted(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Any, dict[str, float]]]:
+    """Arm, predictions on the primary test set and thresholds of every trial."""
+    from raysynth.stages.predictions import load_predictions, test_sets, thresholds_of
+
+    e = pipeline.experiment
+    sets = test_sets(e, pipeline.storage, pipeline.images)
+    wanted = e.evaluation.primary.test_set
+    return [(t.arm, load_predictions(t, sets)[wanted], thresholds_of(t, e.evaluation)) for t in trials]
+
+
+def _reliability(pipeline: Pipeline, trials: Sequence[Trial]) -> pd.DataFrame:
+    import pyarrow as pa
+
+    from raysynth.core.schemas import TRUE
+    from raysynth.metrics.calibration import reliability
+
+    tables: dict[str, list[Any]] = {}
+    for name, predictions, _ in _predicted(pipeline, trials):
+        tables.setdefault(name, []).append(predictions)
+    frames = []
+    for name, parts in tables.items():
+        whole = pa.concat_tables(parts)
+        for finding in (n.removeprefix(TRUE) for n in whole.column_names if n.startswith(TRUE)):
+            frame = reliability(whole, finding).to_pandas().rename(columns={"mean_probability": "predicted"})
+            frames.append(frame.assign(arm=name, finding=finding))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _curves(trials: Sequence[Trial]) -> pd.DataFrame:
+    rows = []
+    for t in trials:
+        text = t.classifier.storage.get(t.classifier.file("log/history.jsonl")).decode()
+        for row in map(json.loads, text.splitlines()):
+            kept = {k: row[k] for k in ("step", "phase", "loss", "val_loss", "monitor")}
+            rows.append({"arm": t.arm, "seed": t.seed, **kept, "val_metric": row["value"]})
+    return pd.DataFrame(rows)
+
+
+def _fidelity(fidelities: Sequence[Artifact], rendered: dict[str, Pipeline]) -> pd.DataFrame:
+    frames = []
+    for artifact, p in zip(fidelities, rendered.values(), strict=True):
+        frame = _table(artifact, "fidelity.parquet")
+        frames.append(frame.assign(generator=_sheet_words(p)))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _sheet_words(p: Pipeline) -> str:
+    g, s = p.experiment.generator, p.experiment.sampling
+    n = p.generator.run_info()["counts"]["n_real_generator"]
+    return (f"{g.kind} trained on {n:,} real images ({g.train_on.replace('_', ' ')}), {g.steps:,} steps; "
+            f"{s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}")  # fmt: skip
+
+
+def _made(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Artifact]]:
+    """Every artifact behind the trials, in order of making, each once; a classifier's stage is its arm."""
+    found = {pipeline.images.path: ("ingest", pipeline.images)}
+    for _, p in pipeline.arm_pipelines:
+        if not p.experiment.training_set.needs_synthetic:
+            continue
+        for stage, artifact in (("train-generator", p.generator), ("plan", p.plan), ("generate", p.generated)):
+            if artifact.complete:
+                found.setdefault(artifact.path, (stage, artifact))
+    for t in trials:
+        found.setdefault(t.classifier.path, (f"train-classifier: {t.arm}", t.classifier))
+    return list(found.values())
+
+
+def _cost(made: Sequence[tuple[str, Artifact]], price: float | None) -> pd.DataFrame:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    sets = set()
+    for words, artifact in made:
+        stage, _, arm = words.partition(": ")
+        run = artifact.run_info()
+        counts = run["counts"]
+        seconds = run.get("train_seconds") or run.get("render_seconds") or run["seconds"]
+        images = {"ingest": counts.get("images"), "generate": counts.get("ok")}.get(stage)
+        if stage == "generate":
+            # Selections of one set share its rendering: the largest comes first, and is the cost of all.
+            if run["synthetic_set"] in sets:
+                continue
+            sets.add(run["synthetic_set"])
+        empty = {"stage": stage, "arm": arm, "seconds": 0.0, "images": 0, "gpu_seconds": 0.0}
+        row = rows.setdefault((stage, arm), empty)
+        row["seconds"] += seconds
+        row["images"] += images or 0
+        row["gpu_seconds"] += run["gpu_seconds"] or 0.0
+    for row in rows.values():
+        row["images_per_s"] = row["images"] / row["seconds"] if row["images"] and row["seconds"] else None
+        row["images"] = row["images"] or None
+        row["cost"] = row["gpu_seconds"] / 3600 * price if price is not None else None
+    return pd.DataFrame(rows.values())
+
+
+def _provenance(made: Sequence[tuple[str, Artifact]]) -> pd.DataFrame:
+    rows = []
+    for words, artifact in made:
+        run = artifact.run_info()
+        rows.append({
+            "stage": words.partition(":")[0], "folder": artifact.path, "digest": run["digest"],
+            "git commit": run["git"]["commit"], "dirty": run["git"]["dirty"], "versions": json.dumps(run["versions"]),
+            "seconds": run["seconds"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _notes(pipeline: Pipeline, metrics: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+    e = pipeline.experiment
+    counts = pipeline.images.run_info()["counts"]
+    used, left_out = counts.get("images", 0), counts.get("quarantined", 0)
+    notes = [f"Real images: {used:,} used, {left_out:,} quarantined with a reason. "
+             f"Licence: {e.data.licence or 'not given'}."]  # fmt: skip
+    validation = runs[0]["facts"]["n_validation"]
+    notes.append(f"Checkpoints and thresholds were chosen on {validation:,} real validation images, which count as "
+                 "real data used; no test image was read for any choice.")  # fmt: skip
+    withheld = metrics[metrics["value"].isna()]
+    if len(withheld):
+        groups = withheld.drop_duplicates(["finding", "subgroup", "test_set"])
+        notes.append(f"{len(groups):,} combinations of finding, subgroup and test set have fewer than "
+                     f"{e.evaluation.min_positives} positives or negatives and are withheld.")  # fmt: skip
+    notes += list(dict.fromkeys(note for run in runs for note in run["facts"].get("notes", [])))
+    if "duplicate" in {run["facts"]["strategy"] for run in runs}:
+        notes.append("All arms take the same number of optimizer steps: repeating the real images then changes their "
+                     "order and little else, and the duplicate arm measures that little.")  # fmt: skip
+    return notes
+
+
+def show_answer(pipeline: Pipeline, report: Artifact) -> None:
+    """A small table of the arms, the answer in words, and where page and sheets are."""
+    csv = pd.read_csv(io.BytesIO(report.storage.get(report.file("metrics.csv"))))
+    p = pipeline.experiment.evaluation.primary
+    there = list(dict.fromkeys(csv["metric"]))
+    shown = list(dict.fromkeys(m for m in (p.metric, "auroc", "balanced_accuracy", "accuracy") if m in there))[:3]
+    whole = csv[(csv["test_set"] == p.test_set) & csv["subgroup"].isna() & csv["finding"].str.startswith("macro")]
+    table = Table(box=None, pad_edge=False, header_style="bold", title=f"{p.test_set}: mean (sd over seeds)")
+    for column in ("arm", "real", "synthetic", *shown, "seeds"):
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, rows in whole.groupby("arm", sort=False):
+        cells = []
+        for metric in shown:
+            values = rows.loc[rows["metric"] == metric, "value"]
+            spread = f" ({values.std(ddof=1):.3f})" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.3f}{spread}")
+        first, seeds = rows.iloc[0], str(rows["run"].nunique())
+        table.add_row(str(arm), f"{first['n_real']:.0f}", f"{first['n_synth']:.0f}", *cells, seeds)
+    console.print(table)
+    from raysynth.report.words import answer
+
+    evaluated = pipeline.evaluated
+    say(answer(gather_answer(pipeline, evaluated)).headline)
+    for q in pipeline.rendered.values():
+        say(f"contact sheet: {q.storage.url(write_contact_sheet(q))}")
+    say(f"report: {report.storage.url(report.file('index.html'))}")
+
+
+def gather_answer(pipeline: Pipeline, evaluated: Artifact) -> ReportData:
+    """Only what the answer in words needs."""
+    e, trials = pipeline.experiment, pipeline.trials
+    p = e.evaluation.primary
+    return ReportData(
+        name=e.name, created="", metrics=_table(evaluated, "metrics.parquet"),
+        comparisons=_table(evaluated, "comparisons.parquet"),
+        arms=_arms(pipeline, trials, [t.classifier.run_info() for t in trials]),
+        primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
+        confidence=e.evaluation.confidence,
+    )  # fmt: skip
