@@ -14,7 +14,7 @@ Knows no experiment: which contrast is confirmatory is the caller's to say; `hol
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,28 +39,29 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """arm - against. The numbers are None where the metric is withheld."""
+    """arm - against. Every number that can be None is, where the metric is withheld; with one patient, or too many
+    degenerate resamplings, those that come from resampling are."""
 
     test_set: str
     metric: str
     finding: str
     """As asked for, or `macro without X` where a finding of the fixed set is withheld."""
     subgroup: str
-    difference: float | None
-    ci_low: float | None
-    ci_high: float | None
-    p: float | None
-    arm_value: float | None
-    """Mean over seeds."""
-    against_value: float | None
-    sd_seeds: float | None
-    """Standard deviation of the paired difference over seeds."""
     n: int
     n_patients: int
     seeds: int
-    standard_error: float | None
-    minimum_detectable_difference: float | None
-    degenerate: int
+    difference: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    p: float | None = None
+    arm_value: float | None = None
+    """Mean over seeds."""
+    against_value: float | None = None
+    sd_seeds: float | None = None
+    """Standard deviation of the paired difference over seeds; None with one seed."""
+    standard_error: float | None = None
+    minimum_detectable_difference: float | None = None
+    degenerate: int = 0
     """Resamplings left out, in which the metric was not defined."""
 
 
@@ -96,30 +97,31 @@ def compare(
     found = [_estimate(x, s, metric, evaluation, kind, finding, {subgroup: rows})
              for x, s in zip(samples, (*arm, *against))]  # fmt: skip
     e = found[0]
-    fixed = (first.test_set, metric, e.finding, subgroup)
-    counts = (e.n, e.n_patients, len(arm))
+    asked = Comparison(first.test_set, metric, e.finding, subgroup, e.n, e.n_patients, len(arm))
     if e.value is None:
-        return Comparison(*fixed, *[None] * 7, *counts, None, None, 0)
+        return asked
     points = np.array([x.value for x in found]).reshape(2, -1)  # (2, S)
     draws = np.stack([x.draws for x in found]).reshape(2, len(arm), -1)  # (2, S, B)
     by_seed = points[0] - points[1]
-    drawn = _mean_over_seeds(draws[0] - draws[1], evaluation.seed)
+    drawn = mean_over_seeds(draws[0] - draws[1], evaluation.seed)
     kept = drawn[~np.isnan(drawn)]
     low, high, degenerate = interval(drawn, evaluation.confidence)
-    p = error = detectable = None
-    if low is not None and e.n_patients > 1:
-        p = min(1.0, 2 * (1 + min(int((kept <= 0).sum()), int((kept >= 0).sum()))) / (len(kept) + 1))
-        error = float(kept.std(ddof=1))
-        detectable = float(error * (norm.ppf((1 + evaluation.confidence) / 2) + norm.ppf(POWER)))
-    else:
-        low = high = None
-    return Comparison(
-        *fixed, float(by_seed.mean()), low, high, p, float(points[0].mean()), float(points[1].mean()),
-        float(by_seed.std(ddof=1)) if len(arm) > 1 else None, *counts, error, detectable, degenerate,
+    measured = replace(
+        asked, difference=float(by_seed.mean()), arm_value=float(points[0].mean()),
+        against_value=float(points[1].mean()), sd_seeds=float(by_seed.std(ddof=1)) if len(arm) > 1 else None,
+        degenerate=degenerate,
+    )  # fmt: skip
+    if low is None or e.n_patients == 1:
+        return measured
+    error = float(kept.std(ddof=1))
+    return replace(
+        measured, ci_low=low, ci_high=high, standard_error=error,
+        p=min(1.0, 2 * (1 + min(int((kept <= 0).sum()), int((kept >= 0).sum()))) / (len(kept) + 1)),
+        minimum_detectable_difference=float(error * (norm.ppf((1 + evaluation.confidence) / 2) + norm.ppf(POWER))),
     )  # fmt: skip
 
 
-def _mean_over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
+def mean_over_seeds(differences: np.ndarray, seed: int) -> np.ndarray:
     """(S, B) differences by seed and resampling -> (B,) means over S - 1 seeds drawn in each resampling."""
     S, B = differences.shape
     # Patient resampling b is seeded by [seed, b], which is [seed, b, 0]: this stream is apart from all of them.
@@ -158,19 +160,21 @@ def _check_same(one: Sample, other: Sample) -> None:
         got = f"{len(apart)} images in one of two tables only, such as {apart[0]}"
         raise DataError("image_id", got, "the same test images in every arm", "Predict the same test set again.")
     if (one.test_set, one.names) != (other.test_set, other.names):
-        got = ((one.test_set, one.names), (other.test_set, other.names))
-        raise DataError("test_set, findings", got, "the same in every arm")
+        both = ((one.test_set, one.names), (other.test_set, other.names))
+        raise DataError("test_set, findings", both, "the same in every arm")
     for what, a, b in (("true_*", one.truth, other.truth), ("patient_id", one.patient, other.patient)):
         if not np.array_equal(a, b):
             raise DataError(what, "different values of the same images", "the same in every arm")
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Adjusted p values of a family of comparisons (Holm, Scand. J. Stat. 6, 1979), in the order given: the k-th
-    smallest of m is multiplied by m - k + 1, made rising, and cut at 1."""
-    p = np.asarray(p_values, dtype=np.float64)
-    order = p.argsort(kind="stable")
-    rising = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(rising, 1)
+    smallest of m is multiplied by m - k + 1, made rising, and cut at 1. A withheld one (None) stays so and is not
+    counted in m."""
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for k, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - k)))
+        adjusted[i] = largest
     return adjusted

@@ -30,6 +30,7 @@ from raysynth.metrics.samples import Sample, fixed_set
 MACRO = "macro"
 WITHOUT = MACRO + " without "
 ARGMAX = "argmax"
+ARGMAX_RECALL = "argmax recall"
 
 
 @dataclass(frozen=True)
@@ -85,18 +86,19 @@ def estimate(
         if name not in thresholds:
             raise DataError(f"thresholds[{name}]", None, f"a threshold for each of {', '.join(sample.names)}")
     asked = list(findings) if findings is not None else list(sample.names)
-    cells, argmaxes = _prepare(sample, thresholds, evaluation, groups, asked if own else [], bool(whole) and not findings)
+    by_argmax = bool(whole) and findings is None
+    cells, argmaxes = _prepare(sample, thresholds, evaluation, groups, asked if own else [], by_argmax)
 
     pieces: dict[tuple[str, str, str], list[np.ndarray]] = {}
     for weights in Resampling(sample.patient, evaluation.bootstraps, evaluation.seed).chunks():
         for (group, finding), cell in cells.items():
-            for metric, values in cell.weighted(weights, own).items():
-                pieces.setdefault((group, finding, metric), []).append(values)
+            for metric, drawn in cell.weighted(weights, own).items():
+                pieces.setdefault((group, finding, metric), []).append(drawn)
         for group, argmax in argmaxes.items():
             accuracy, recalls = argmax.weighted(weights)
             pieces.setdefault((group, "", "accuracy"), []).append(accuracy)
-            for name, values in zip(sample.names, recalls):
-                pieces.setdefault((group, name, "argmax recall"), []).append(values)
+            for name, recall in zip(sample.names, recalls):
+                pieces.setdefault((group, name, ARGMAX_RECALL), []).append(recall)
     values = {key: np.concatenate(parts) for key, parts in pieces.items()}
 
     found: list[Estimate] = []
@@ -161,12 +163,12 @@ def _macros(
         patients = len(np.unique(sample.patient[seen]))
         return Estimate(group, finding, metric, None, rule, *_split(draws), len(seen), None, patients)
 
-    known = rows[(sample.truth[np.ix_(rows, columns)] >= 0).any(axis=1)]
+    known = rows[(sample.truth[rows][:, columns] >= 0).any(axis=1)]
     classed = rows[(sample.truth[rows] == 1).any(axis=1)]
     found = []
     for metric in (*own, *(m for m in whole if m == "balanced_accuracy")):
         by_class = metric in whole
-        part = "argmax recall" if by_class else metric
+        part = ARGMAX_RECALL if by_class else metric
         how = ARGMAX if by_class else rule if metric in AT_THRESHOLD else ""
         mean = np.mean([values[group, f, part] for f in kept], axis=0) if kept else None
         found.append(row(MACRO, metric, how, classed if by_class else known, None if out else mean))

@@ -15,8 +15,8 @@ on the same images) and Var the sampling variance of one estimate of size m from
 
 auprc's is the binomial approximation of Boyd, Eng & Page (ECML 2013). f1's is the delta method on
 F1 = 2 J / (1 + J), J = TP / (TP + FP + FN) a proportion, at equal precision and recall. All of them count images as
-independent: with several images a patient the truth is larger. Training seeds are not counted either: a planning number,
-replaced by `metrics.comparisons` once there are predictions.
+independent: with several images a patient the truth is larger. Training seeds are not counted either. A planning
+number, replaced by `metrics.comparisons` once there are predictions.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raysynth.core.errors import DataError
 from raysynth.core.schemas import PROBABILITY, TRUE, attribute_names
+from raysynth.data.predictions import arrays
 
 MAX_GROUPS = 20
 """`*` passes over an attribute with more values than this: an accession number or an exact age makes no groups."""
@@ -69,8 +69,8 @@ def read_sample(predictions: pa.Table, kind: str) -> Sample:
     twice = next((a for a, b in itertools.pairwise(ids) if a == b), None)
     if twice is not None:
         raise DataError("image_id", twice, "in a predictions table once")
-    truth = _columns(table, TRUE, names, -1).astype(np.int8)
-    prob = _columns(table, PROBABILITY, names, np.nan).astype(np.float64)
+    truth, prob = arrays(table, names)
+    truth = np.nan_to_num(truth, nan=-1).astype(np.int8)
     # A softmax in float32 adds up to 1 within a few 1e-7.
     if not ((prob >= 0) & (prob <= 1 + 1e-6)).all():
         row, column = np.argwhere(~((prob >= 0) & (prob <= 1 + 1e-6)))[0]
@@ -86,11 +86,6 @@ def read_sample(predictions: pa.Table, kind: str) -> Sample:
     patient = np.unique(np.asarray(owners), return_inverse=True)[1].astype(np.int64)
     attributes = {n: table[f"attr_{n}"].to_pylist() for n in attribute_names(table.schema)}
     return Sample(sets[0], ids, names, truth, prob, patient, table["site"].to_pylist(), attributes)
-
-
-def _columns(table: pa.Table, prefix: str, names: Sequence[str], missing: float) -> np.ndarray:
-    columns = [pc.fill_null(table[prefix + n], pa.scalar(missing, table[prefix + n].type)).to_numpy() for n in names]
-    return np.column_stack(columns) if columns else np.empty((table.num_rows, 0))
 
 
 def fixed_set(sample: Sample, wanted: Sequence[str]) -> list[str]:

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from raysynth.core.errors import DataError
 from raysynth.core.evidence import Evaluation
-from raysynth.metrics.comparisons import Scored, compare, holm
+from raysynth.metrics.comparisons import Scored, compare, holm, mean_over_seeds
 from tests.prediction_tables import digits, drawn, predictions
 
 QUICK = Evaluation(bootstraps=300)
@@ -149,18 +149,33 @@ def test_p_values_are_about_uniform_where_there_is_no_difference() -> None:
     assert 0 < rejected <= 16, rejected
 
 
+def test_drawing_one_seed_less_spreads_as_the_mean_of_all_seeds_does() -> None:
+    """Differences 0, 1, 2 at three seeds: s^2 = 1, and the variance of their mean is s^2 / 3."""
+    drawn = mean_over_seeds(np.repeat([[0.0], [1.0], [2.0]], 20_000, axis=1), seed=0)
+    assert drawn.mean() == pytest.approx(1, abs=0.02)
+    assert drawn.var() == pytest.approx(1 / 3, rel=0.03)
+    assert (mean_over_seeds(np.arange(5.0)[None], seed=0) == np.arange(5)).all()
+
+
+def test_one_patient_alone_has_a_difference_and_no_interval() -> None:
+    one, other = ([Scored(drawn(seed=s, patient_id=["p"] * 300), HALF)] for s in (1, 2))
+    found = compare(one, other, "auroc", QUICK, "multi")
+    assert found.difference is not None
+    assert (found.ci_low, found.p, found.standard_error) == (None, None, None)
+
+
 def test_holm_is_the_stepwise_procedure() -> None:
     rng = np.random.default_rng(0)
     for m in (1, 4, 9):
         p = rng.random(m) ** 3
-        adjusted = holm(p)
+        adjusted = holm(list(p))
         for alpha in (0.01, 0.05, 0.2, 0.7):
             expected = np.zeros(m, bool)
             for k, i in enumerate(np.argsort(p)):
                 if p[i] > alpha / (m - k):
                     break
                 expected[i] = True
-            assert ((adjusted <= alpha) == expected).all()
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]).max() == 1
-    assert len(holm([])) == 0
+            assert [a is not None and a <= alpha for a in adjusted] == list(expected)
+    assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), None, pytest.approx(0.06)]
+    assert holm([0.9, 0.8]) == [1, 1]
+    assert holm([]) == []
