@@ -64,9 +64,9 @@ class SweepTable:
 
     rows: list[Row]
     before: int = 0
-    _first: tuple[float, int] | None = None
+    _first: tuple[float, int] | None = field(default=None, init=False)
     """When the first step was heard of, and how many steps were done by then: workers start before they train."""
-    _live: Live | None = field(default=None, repr=False)
+    _live: Live | None = field(default=None, init=False, repr=False)
 
     def __enter__(self) -> SweepTable:
         if console.is_terminal:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.experiment import Compute
+from raysynth.core.lease import Lease, holder_of
 from raysynth.core.storage import is_storage_fault
 from raysynth.stages.sweep_table import SweepTable
 from raysynth.stages.train_classifier import ClassifierTask
@@ -26,6 +28,8 @@ from raysynth.stages.train_generator import slots
 
 WORKER_DEATHS = 3
 """Times that Tune restarts a trial whose process died."""
+WAIT_S = 2.0
+"""Between looks at a classifier that another process trains."""
 TUNE_QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # curves are in each classifier's own log
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -51,8 +55,10 @@ def train_arm(config: dict[str, Any], tasks: Sequence[ClassifierTask]) -> None:
 
     from raysynth.stages.classifier_loop import run_trial
 
+    task = tasks[config["trial"]]
     try:
-        run_trial(tasks[config["trial"]], tune.report)
+        with _alone(task):
+            run_trial(task, tune.report)
         ending = Ending()
     except RaysynthError as error:
         ending = Ending(str(error), isinstance(error, EnvironmentFault))
@@ -60,6 +66,15 @@ def train_arm(config: dict[str, Any], tasks: Sequence[ClassifierTask]) -> None:
         ending = Ending(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", is_storage_fault(error))
     # A dictionary, because Tune looks into results.
     tune.report({"ending": {"reason": ending.reason, "environment": ending.environment}})
+
+
+def _alone(task: ClassifierTask) -> Lease:
+    """The lock of the task's classifier, once no other process trains it: two sweeps may share an arm, and workers of
+    a driver that was killed may live for a moment."""
+    path = task.artifact.file("lock.json")
+    while holder_of(task.storage, path) and not task.artifact.complete:
+        time.sleep(WAIT_S)
+    return Lease(task.storage, path)
 
 
 def trial_resources(compute: Compute, gpu: bool) -> dict[str, float]:
@@ -71,8 +86,9 @@ def trial_resources(compute: Compute, gpu: bool) -> dict[str, float]:
 
 
 def process_resources(compute: Compute, gpu: bool) -> dict[str, float]:
-    """What one training process takes."""
-    return {"CPU": compute.trial_cpus} | ({"GPU": compute.trial_gpus} if gpu else {})
+    """What one training process takes; of several each has a GPU of its own."""
+    gpus = 1.0 if (compute.classifier_workers or 1) > 1 else compute.trial_gpus
+    return {"CPU": compute.trial_cpus} | ({"GPU": gpus} if gpu else {})
 
 
 def side_by_side(compute: Compute, gpu: bool, nodes: Sequence[dict[str, float]]) -> int:

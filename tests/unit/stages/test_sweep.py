@@ -14,7 +14,7 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.storage import open_storage
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import plan
-from raysynth.stages.sweep import _cover, arm_pipelines, find_trials, named_trials
+from raysynth.stages.sweep import _cover, arm_pipelines, find_trials, make_images, named_trials
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.stages.trial import side_by_side, trial_resources
 from tests.digits import digit_artifact
@@ -147,3 +147,12 @@ def test_how_many_trials_fit() -> None:
     assert "CPU" not in trial_resources(pair, False)
     with pytest.raises(EnvironmentFault, match=r"takes 1 process\(es\) of 4 CPU, for which.*1 node"):
         side_by_side(Compute(trial_cpus=4), False, box)
+
+
+def test_arms_without_synthetic_images_make_no_generator(tmp_path: Path) -> None:
+    controls = ("real", "duplicate", "upper_bound", "real_real")
+    pipeline = ingested(experiment(tmp_path, {s: {"training_set.strategy": s} for s in controls}))
+    own = arm_pipelines(pipeline, pipeline.experiment)
+    make_images(own)
+    assert pipeline.storage.folders() == ["ingest"]
+    assert all(t is not None and t.generated is None for t in named_trials(own))
