@@ -159,12 +159,13 @@ def main() -> None:
                 runs[key].append(rate(runner, a.seconds))
             print(f"{i + 1}: " + ", ".join(f"{k} {v[-1]:,.0f}" for k, v in runs.items()) + " images/s", flush=True)
     medians = {k: statistics.median(v) for k, v in runs.items()}
+    ratios = {k: medians["feed"] / v for k, v in medians.items() if k != "feed"}
     result = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores", "torch": torch.__version__,
         "load_average": os.getloadavg()[0], "arguments": vars(a) | {"out": None}, "runs": runs, "median": medians,
-        "ratio": {k: medians["feed"] / v for k, v in medians.items() if k != "feed"},
+        "ratio": ratios,
     }  # fmt: skip
-    for key, ratio in result["ratio"].items():
+    for key, ratio in ratios.items():
         print(f"feed / {key}: {ratio:.2f}")
     if a.out:
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n")

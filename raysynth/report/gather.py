@@ -219,7 +219,7 @@ def _provenance(made: Sequence[tuple[str, Artifact]]) -> pd.DataFrame:
 def _notes(pipeline: Pipeline, metrics: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
     e = pipeline.experiment
     counts = pipeline.images.run_info()["counts"]
-    used, left_out = counts.get("images", 0), counts.get("quarantined", 0)
+    used, left_out = counts["images"], sum(counts["quarantined"].values())
     notes = [f"Real images: {used:,} used, {left_out:,} quarantined with a reason. "
              f"Licence: {e.data.licence or 'not given'}."]  # fmt: skip
     validation = runs[0]["facts"]["n_validation"]

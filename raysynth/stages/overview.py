@@ -13,8 +13,10 @@ from raysynth.core.identity import plain
 from raysynth.core.lease import holder_of
 from raysynth.core.progress import Progress, console, duration, say
 from raysynth.stages.housekeeping import artifacts_of_set
-from raysynth.stages.pipeline import Pipeline
+from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
 from raysynth.stages.plan import selected_rows
+from raysynth.stages.sweep import find_trials
+from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.synth.settle import Settled, read_settled
 from raysynth.synth.verify import repair as give_up
 from raysynth.synth.verify import verify
@@ -43,6 +45,12 @@ def show_dry_run(pipeline: Pipeline) -> None:
     e = pipeline.experiment
     say(yaml.safe_dump(plain(resolved(e), "experiment"), sort_keys=False).rstrip())
     show_artifacts_of(pipeline)
+    if is_sweep(e):
+        for line in plan_of_sweep(pipeline, e).lines():
+            say(line)
+        return
+    if "generate" not in stages_of(e):
+        return
     found = pipeline.found()
     if found["plan"] is None or found["generate"] is None or not found["plan"].complete:
         say("generate: rows are known once ingest, train-generator and plan are done")
@@ -83,8 +91,31 @@ def gpu_price(settled: Settled | None, compute: Compute) -> float | None:
 
 
 def show_status(pipeline: Pipeline) -> None:
-    """Artifacts, and the synthetic set's progress from its markers alone."""
+    """Artifacts, the progress of rendering from markers alone, and how many trials of a sweep are trained."""
     show_artifacts_of(pipeline)
+    if not is_sweep(pipeline.experiment):
+        _show_rendering(pipeline)
+        return
+    shown = set()
+    for _, p in pipeline.arm_pipelines:
+        try:
+            key = (p.synthetic_set.path, p.generated.path) if p.experiment.training_set.needs_synthetic else None
+        except EnvironmentFault:
+            continue
+        if key and key not in shown:
+            shown.add(key)
+            say(f"{key[1]}:")
+            _show_rendering(p)
+    try:
+        trials = find_trials(pipeline, pipeline.experiment)
+    except EnvironmentFault:
+        return
+    distinct = {t.classifier.path: t.classifier.complete for t in trials}
+    say(f"trials: {sum(distinct.values()):,}/{len(distinct):,} trained")
+
+
+def _show_rendering(pipeline: Pipeline) -> None:
+    """One synthetic set: committed, failed, rate and cost."""
     try:
         store = pipeline.synthetic_set
         wanted = selected_rows(pipeline.experiment, pipeline.storage, pipeline.plan, ["row_key"])

@@ -28,7 +28,7 @@ def test_shipped_experiments_load(file: Path) -> None:
 
 def test_topics() -> None:
     names = {str(f.relative_to(JOBS)) for f in FILES}
-    assert {"xray/mini.yaml", "xray/gpu.yaml", "skin/mini.yaml", "skin/gpu.yaml"} <= names
+    assert {f"{topic}/{size}.yaml" for topic in ("xray", "skin", "xray_article") for size in ("mini", "gpu")} <= names
 
 
 def test_the_paper_recipe() -> None:
