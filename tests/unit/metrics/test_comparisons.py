@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from raysynth.core.errors import DataError
 from raysynth.core.evidence import Evaluation
-from raysynth.metrics.comparisons import Scored, compare, holm, mean_over_seeds
+from raysynth.metrics.comparisons import Scored, compare, holm, seed_noise
 from tests.prediction_tables import digits, drawn, predictions
 
 QUICK = Evaluation(bootstraps=300)
@@ -39,11 +40,10 @@ def test_a_better_arm_is_better_by_the_mean_of_paired_differences() -> None:
     assert found.ci_low is not None
     assert found.ci_high is not None
     assert 0 < found.ci_low < found.difference < found.ci_high
-    assert found.standard_error is not None
-    assert found.minimum_detectable_difference == pytest.approx(2.8015852 * found.standard_error)
     assert (found.n, found.seeds, found.n_patients) == (300, 3, len(set(drawn()["patient_id"].to_pylist())))
     other = compare(bad, good, "auroc", QUICK, "multi")
-    assert (other.difference, other.p, other.ci_low) == pytest.approx((-found.difference, found.p, -found.ci_high))
+    assert other.difference == pytest.approx(-found.difference)
+    assert other.ci_low == pytest.approx(-found.ci_high, rel=0.1)
 
 
 def test_the_same_predictions_differ_by_nothing() -> None:
@@ -130,31 +130,48 @@ def test_single_label_accuracy_on_digits() -> None:
         assert found.ci_low > 0, metric
 
 
-def test_p_values_are_about_uniform_where_there_is_no_difference() -> None:
-    """120 test sets, three seeds an arm, each seed a training of its own; at 0.05, 6 are expected to be rejected."""
-    evaluation = Evaluation(bootstraps=200, subgroups=[], min_positives=5)
+@pytest.mark.parametrize("training_noise", [0.1, 1.5])
+def test_p_values_are_about_uniform_where_there_is_no_difference(training_noise: float) -> None:
+    """100 test sets, three seeds an arm, each seed a training of its own; at 0.05, 5 are expected to be rejected.
+    With much training noise, resampling the three seeds would reject about 20."""
+    evaluation = Evaluation(bootstraps=100, subgroups=[], min_positives=5)
+    truth = (np.arange(120) % 2)[:, None]
     p = []
-    for trial in range(120):
+    for trial in range(100):
         rng = np.random.default_rng(trial)
-        truth = (np.arange(120) % 2)[:, None]
         shared = rng.normal(size=(120, 1))
-
-        def scored(rng: np.random.Generator = rng, truth: np.ndarray = truth, s: np.ndarray = shared) -> Scored:
-            logit = (1 + rng.normal(0, 0.3)) * truth + s + 0.7 * rng.normal(size=(120, 1))
-            return Scored(predictions(truth, 1 / (1 + np.exp(-logit))), HALF)
-
-        arms = [[scored() for _ in range(3)] for _ in range(2)]
-        p.append(compare(*arms, "auroc", evaluation, "multi").p)
+        arms: list[list[Scored]] = [[], []]
+        for seeds in arms * 3:
+            logit = (2 + rng.normal(0, training_noise)) * truth + shared
+            logit += 0.3 * rng.normal(size=(120, 1))
+            seeds.append(Scored(predictions(truth, 1 / (1 + np.exp(-logit))), HALF))
+        p.append(compare(arms[0], arms[1], "auroc", evaluation, "multi").p)
     rejected = sum(x is not None and x <= 0.05 for x in p)
-    assert 0 < rejected <= 16, rejected
+    assert rejected <= 12, rejected
+    assert 25 < sum(x is not None and x <= 0.5 for x in p) < 75
 
 
-def test_drawing_one_seed_less_spreads_as_the_mean_of_all_seeds_does() -> None:
-    """Differences 0, 1, 2 at three seeds: s^2 = 1, and the variance of their mean is s^2 / 3."""
-    drawn = mean_over_seeds(np.repeat([[0.0], [1.0], [2.0]], 20_000, axis=1), seed=0)
-    assert drawn.mean() == pytest.approx(1, abs=0.02)
-    assert drawn.var() == pytest.approx(1 / 3, rel=0.03)
-    assert (mean_over_seeds(np.arange(5.0)[None], seed=0) == np.arange(5)).all()
+def test_noise_of_three_seeds_gives_students_interval() -> None:
+    noise = seed_noise(0.6, 3, 100_000, seed=0)
+    expected = stats.t.ppf([0.025, 0.25, 0.975], 2) * 0.6 / np.sqrt(3)
+    assert np.quantile(noise, [0.025, 0.25, 0.975]) == pytest.approx(expected, rel=0.04)
+    assert (seed_noise(None, 1, 5, seed=0) == 0).all()
+
+
+def test_standard_error_joins_patients_and_seeds() -> None:
+    good, bad = arm(1.5), arm(0.3, start=10)
+    found = compare(good, bad, "auroc", QUICK, "multi")
+    assert found.standard_error is not None
+    assert found.sd_seeds is not None
+    assert found.minimum_detectable_difference is not None
+    assert found.standard_error > found.sd_seeds / np.sqrt(3)
+    assert found.minimum_detectable_difference > 2.8015852 * found.standard_error
+    alone = compare(good[:1], bad[:1], "auroc", QUICK, "multi")
+    assert alone.standard_error is not None
+    assert alone.minimum_detectable_difference == pytest.approx(2.8015852 * alone.standard_error)
+    assert alone.ci_high is not None
+    assert alone.ci_low is not None
+    assert alone.standard_error == pytest.approx((alone.ci_high - alone.ci_low) / 3.92, rel=0.2)
 
 
 def test_one_patient_alone_has_a_difference_and_no_interval() -> None:
