@@ -25,7 +25,7 @@ from raysynth.core.errors import ConfigError, DataError
 from raysynth.core.evidence import TrainingSet
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import LABEL, label_names, members_schema
-from raysynth.data.plans import build_plan, select
+from raysynth.data.plans import plan_rows, select
 from raysynth.data.strata import primary_label, seeded_order, used_labels
 from raysynth.data.subsets import generator_rows, patient_order, real_subset
 
@@ -82,16 +82,17 @@ def choose(e: Experiment, table: pa.Table, synthetic: pa.Table | None) -> Chosen
         raise ConfigError("classifier", None, "a section", "Add `classifier: {}` for defaults.")
     t, policy = e.training_set, e.data.labels.policy
     subset = real_subset(table, t, policy)
-    real, notes, missing = _real(table, subset), [], 0
+    sources = _rows(table, subset)
+    real, notes, missing = _real(sources), [], 0
     if t.strategy == "upper_bound":
         seen = sorted({*subset, *generator_rows(table, e)})
         if len(seen) == len(subset):
             notes.append("the generator saw no real image that the classifier did not: the upper bound is `real`")
-        phases = [[_real(table, seen)]]
+        phases = [[_real(_rows(table, seen))]]
     elif t.strategy == "duplicate":
-        phases = [[_real(table, subset + _duplicates(e, table, len(subset)))]]
+        phases = [[_real(_rows(table, subset + _duplicates(e, sources)))]]
     elif t.needs_synthetic:
-        part, missing = _synthetic(e, table, synthetic, subset)
+        part, missing = _synthetic(e, sources, synthetic)
         if missing:
             notes.append(f"{missing} of {len(part.ids) + missing} selected synthetic images were not rendered")
         phases = {
@@ -149,9 +150,13 @@ def _label_table(rows: pa.Table) -> pa.Table:
     return rows.select([LABEL + n for n in label_names(rows.schema)])
 
 
-def _real(table: pa.Table, ids: list[str]) -> _Part:
+def _rows(table: pa.Table, ids: list[str]) -> pa.Table:
     at = pc.index_in(pa.array(ids, pa.string()), value_set=table["image_id"].combine_chunks())
-    return _Part("real", ids, _label_table(table).take(at))
+    return table.take(at).combine_chunks()
+
+
+def _real(rows: pa.Table) -> _Part:
+    return _Part("real", rows["image_id"].to_pylist(), _label_table(rows))
 
 
 def _wanted(e: Experiment, plan: pa.Table, n_real: int) -> np.ndarray:
@@ -173,15 +178,13 @@ def _wanted(e: Experiment, plan: pa.Table, n_real: int) -> np.ndarray:
     return chosen & rendered
 
 
-def _synthetic(
-    e: Experiment, table: pa.Table, synthetic: pa.Table | None, subset: list[str]
-) -> tuple[_Part, int]:
+def _synthetic(e: Experiment, sources: pa.Table, synthetic: pa.Table | None) -> tuple[_Part, int]:
     """The selected synthetic rows that were rendered, and how many were not."""
     if synthetic is None:
         raise DataError("training_set.strategy", e.training_set.strategy, "real without synthetic images")
-    plan = build_plan(table, e)
-    _check_sources(plan, synthetic, subset)
-    wanted = _wanted(e, plan, len(subset))
+    plan = plan_rows(sources, e)
+    _check_sources(plan, synthetic, sources)
+    wanted = _wanted(e, plan, sources.num_rows)
     there = pc.is_in(plan["row_key"], value_set=synthetic["row_key"].combine_chunks())
     rows = plan.filter(pa.array(wanted & there.to_numpy(zero_copy_only=False)))
     if not rows.num_rows:
@@ -197,9 +200,9 @@ def _synthetic(
     return _Part("synthetic", keys, labels.take(at), [keys[i] for i in at]), missing
 
 
-def _check_sources(plan: pa.Table, synthetic: pa.Table, subset: list[str]) -> None:
+def _check_sources(plan: pa.Table, synthetic: pa.Table, subset: pa.Table) -> None:
     """Raises DataError if a row rests on an image outside the real subset, or is none of the plan's."""
-    sources = pc.is_in(synthetic["source_image_id"], value_set=pa.array(subset, pa.string()))
+    sources = pc.is_in(synthetic["source_image_id"], value_set=subset["image_id"].combine_chunks())
     bad = pc.invert(pc.and_(pc.equal(synthetic["split"], "train"), sources))
     other = pc.invert(pc.is_in(synthetic["row_key"], value_set=plan["row_key"].combine_chunks()))
     for wrong, allowed in (
@@ -214,14 +217,14 @@ def _check_sources(plan: pa.Table, synthetic: pa.Table, subset: list[str]) -> No
             )
 
 
-def _duplicates(e: Experiment, table: pa.Table, n_real: int) -> list[str]:
+def _duplicates(e: Experiment, sources: pa.Table) -> list[str]:
     """Real images repeated: the sources of the plan rows that a mix would have, however many the plan renders."""
-    t, p = e.training_set, e.plan
+    t, p, n_real = e.training_set, e.plan, sources.num_rows
     if t.ratio is not None or t.n_synth is not None:
         times = math.ceil(t.ratio if t.ratio is not None else (t.n_synth or 0) / n_real)
         p = dataclasses.replace(p, ratio=None, n_synth=None, quota={}, replicas=max(p.replicas, times))
     enough = dataclasses.replace(e, plan=p)
-    plan = build_plan(table, enough)
+    plan = plan_rows(sources, enough)
     return plan["source_image_id"].filter(pa.array(_wanted(enough, plan, n_real))).to_pylist()
 
 

@@ -86,8 +86,10 @@ class View:
         8 chunks: 0.36 against 0.23 ms).
         """
         at = np.asarray(positions, np.int64)
-        for place, chunk, row in zip(places, self._chunk[at].tolist(), self._row[at].tolist(), strict=True):
-            images[place] = self._map(chunk)[row]
+        chunks = self._chunk[at].tolist()
+        maps = {chunk: self._map(chunk) for chunk in set(chunks)}
+        for place, chunk, row in zip(places, chunks, self._row[at].tolist(), strict=True):
+            images[place] = maps[chunk][row]
 
     def _map(self, chunk: int) -> np.ndarray:
         found = self._maps[chunk]
