@@ -218,7 +218,7 @@ def _model_from_file(name: str, file: str) -> torch.nn.Module:
 
 
 def _rgb(images: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(np.broadcast_to(images, (*images.shape[:3], 3)))
+    return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
 def _file_digest(file: str) -> str:
