@@ -15,11 +15,14 @@ from raysynth.report.data import COLUMNS, ReportData
 
 ARMS = {
     "real": ("real", None, 0, 0.912), "duplicate x3": ("duplicate", 3, 300, 0.915), "mix x1": ("mix", 1, 100, 0.921),
-    "mix x3": ("mix", 3, 300, 0.936), "mix x10": ("mix", 10, 1000, 0.941), "pretrain x10": ("pretrain", 10, 1000, 0.939),
+    "mix x3": ("mix", 3, 300, 0.936), "mix x10": ("mix", 10, 1000, 0.941),
+    "pretrain x10": ("pretrain", 10, 1000, 0.939),
     "upper bound": ("upper_bound", None, 0, 0.972),
 }  # fmt: skip
 """Name -> strategy, ratio, synthetic images, AUROC."""
-METRICS = ("auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "precision", "recall", "specificity", "brier", "ece")
+METRICS = (
+    "auroc", "auprc", "accuracy", "balanced_accuracy", "f1", "precision", "recall", "specificity", "brier", "ece",
+)  # fmt: skip
 SUBGROUPS = ("sex=F", "sex=M", "age_bin=18-39", "age_bin=40-59", "age_bin=>=80", "site=north")
 PRIMARY = {"arm": "mix x3", "against": "real", "metric": "auroc", "test_set": "test"}
 
@@ -77,7 +80,8 @@ def comparisons(rng: np.random.Generator, **primary: Any) -> pd.DataFrame:
                 row = {"arm": arm, "against": "real", "metric": metric, "test_set": test_set, "finding": "macro",
                        "subgroup": "", "difference": d, "ci_low": d - 0.014, "ci_high": d + 0.014,
                        "p": 0.002 if abs(d) > 0.014 else 0.3, "p_holm": 0.012 if abs(d) > 0.014 else 0.9, "seeds": 3,
-                       "n": 720, "n_patients": 720, "minimum_detectable_difference": 0.020, "primary": is_primary}  # fmt: skip
+                       "n": 720, "n_patients": 720, "minimum_detectable_difference": 0.020,
+                       "primary": is_primary}  # fmt: skip
                 rows.append({**row, **(primary if is_primary else {})})
     return pd.DataFrame(rows)
 
@@ -162,7 +166,8 @@ def _provenance() -> pd.DataFrame:
 def sheet() -> bytes:
     """PNG of real digits, five a class."""
     digits = load_digits()
-    rows = [np.hstack([np.kron(i, np.ones((10, 10))) for i in digits.images[digits.target == c][:13]]) for c in range(5)]
+    enlarged = np.kron(digits.images, np.ones((10, 10)))
+    rows = [np.hstack(enlarged[digits.target == c][:13]) for c in range(5)]
     sink = io.BytesIO()
     Image.fromarray((255 - np.vstack(rows) * 15.9).astype(np.uint8)).save(sink, "PNG")
     return sink.getvalue()

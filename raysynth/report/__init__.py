@@ -5,7 +5,8 @@ helped.
 """
 
 from raysynth.report.data import ReportData
-from raysynth.report.page import render_page, write_tables
+from raysynth.report.downloads import write_tables
+from raysynth.report.page import render_page
 from raysynth.report.sheet import contact_sheet, draw_sheet, write_contact_sheet
 
 __all__ = ["ReportData", "contact_sheet", "draw_sheet", "render_page", "write_contact_sheet", "write_tables"]

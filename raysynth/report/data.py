@@ -130,7 +130,7 @@ class ReportData:
     def arm(self, name: str) -> dict[str, Any]:
         """The row of an arm; empty where the table of arms does not have it."""
         rows = self.arms[self.arms["arm"] == name]
-        return rows.iloc[0].to_dict() if len(rows) else {}
+        return {str(k): v for k, v in rows.iloc[0].items()} if len(rows) else {}
 
     def with_strategy(self, strategy: str) -> list[str]:
         """Arms of one strategy."""

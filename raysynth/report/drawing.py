@@ -9,6 +9,7 @@ Does not know what is drawn. Input: a matplotlib Figure; output: an `<svg>` elem
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -57,6 +58,11 @@ class Drawing:
     """What it shows, for those who do not see it."""
     caption: str
 
+    @property
+    def element(self) -> str:
+        """The picture with its words for screen readers."""
+        return self.svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(self.alt)}" ', 1)
+
 
 @contextmanager
 def canvas(height: float) -> Iterator[Figure]:
@@ -65,9 +71,9 @@ def canvas(height: float) -> Iterator[Figure]:
         yield Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
 
-def small_multiples(figure: Figure, n: int, **shared: bool) -> list[Axes]:
+def small_multiples(figure: Figure, n: int) -> list[Axes]:
     """`n` axes in two columns; the places left over are empty."""
-    grid = figure.subplots(math.ceil(n / 2), 2, squeeze=False, sharex=True, sharey=True, **shared)
+    grid = figure.subplots(math.ceil(n / 2), 2, squeeze=False, sharex=True, sharey=True)
     for left_over in grid.flat[n:]:
         left_over.set_visible(False)
     if n % 2 and n > 1:
@@ -142,6 +148,8 @@ def _attribute(name: str, value: str, key: str) -> str:
     value = value.replace("url(#", f"url(#{key}-")
     if name == "style":
         value = re.sub(r"font: ((?:bold|[0-9]+) )?([\d.]+)px [^;]*", _font, value)
+        # The page's own font: none can be relied on to be there.
+        value = re.sub(r"font-family: [^;]*(; |$)", "", value)
         value = re.sub(r"#0[0-9a-f]0[0-9a-f]0[0-9a-f]", lambda m: _VARIABLES.get(m[0], m[0]), value)
     if name == "d":
         # A tenth of a pixel is enough, and a third of the bytes.
@@ -174,13 +182,13 @@ def interval_rows(
                 markerfacecolor=colour if filled else PAPER, markeredgewidth=1.6,
             )  # fmt: skip
         left, transform = 0.0, axes.get_yaxis_transform()
-        weight = "bold" if marked else "normal"
-        axes.text(left, y + 0.32, short(name, 34), transform=transform, fontweight=weight, va="baseline")
-        axes.text(
-            1, y + 0.32, words, transform=transform, fontweight=weight, va="baseline", ha="right", fontsize=SMALL
-        )
+        # On a ground of paper, or the grid would run through the words.
+        style: dict[str, Any] = {"transform": transform, "fontweight": "bold" if marked else "normal", "va": "baseline",
+                 "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}}  # fmt: skip
+        axes.text(left, y + 0.32, short(name, 34), **style)
+        axes.text(1, y + 0.32, words, ha="right", fontsize=SMALL, **style)
     if zero is not None:
-        axes.axvline(zero, color=MUTED, linewidth=1)
+        axes.axvline(zero, color=MUTED, linewidth=1, zorder=1)
     axes.set(ylim=(-0.6, len(rows) - 0.1), yticks=[], xlabel=label)
     axes.spines["left"].set_visible(False)
     axes.margins(x=0.04)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from raysynth.report.data import ReportData
 from raysynth.report.drawing import INK, MUTED, Drawing, canvas, interval_rows, series, svg_of, wrapped
-from raysynth.report.words import higher_is_better, interval, is_shown, metric_words, number, plural
+from raysynth.report.words import group_words, higher_is_better, interval, is_shown, metric_words, number, plural
 
 MOST_ROWS = 30
 """Rows of a forest plot; the rest is in its table."""
@@ -32,11 +32,12 @@ def ratio_curve(data: ReportData) -> Drawing | None:
         return None
     lines = {name: g.sort_values("ratio") for name, g in drawn.groupby(_lines(data, drawn), sort=False)}
     metric, ratios = metric_words(data.metric), sorted(drawn["ratio"].unique())
-    references = [(w, arms[arms["strategy"] == s]) for s, w in REFERENCES.items()]
+    # Of several arms trained on real images alone (a factor was crossed) none is the reference.
+    references = [(w, r) for s, w in REFERENCES.items() if len(r := arms[arms["strategy"] == s]) == 1]
     with canvas(300 + 14 * (len(lines) + 2)) as figure:
         axes = figure.subplots()
-        for i, (words, rows) in enumerate((w, r) for w, rows in references for r in [rows] if len(r) == 1):
-            row, colour = rows.iloc[0], (INK, MUTED)[i % 2]
+        for i, (words, reference) in enumerate(references):
+            row, colour = reference.iloc[0], (INK, MUTED)[i % 2]
             axes.axhspan(row["ci_low"], row["ci_high"], color=colour, alpha=0.10, linewidth=0)
             axes.axhline(row["value"], color=colour, linestyle=(0, (6, 3)) if i else "-", linewidth=1.2, label=words)
         spread = np.linspace(-1, 1, len(lines)) if len(lines) > 1 else np.zeros(1)
@@ -60,7 +61,7 @@ def ratio_curve(data: ReportData) -> Drawing | None:
         f"{name}: " + ", ".join(f"{number(r.value)} at {r.ratio:g}" for r in rows.itertuples())
         for name, rows in lines.items()
     ]
-    said += [f"{w}: {number(r['value'].iloc[0])}" for w, r in references if len(r) == 1]
+    said += [f"{w}: {number(r['value'].iloc[0])}" for w, r in references]
     return Drawing(
         "ratio-curve", svg, f"{metric} by synthetic images per real image. {'; '.join(said)}.",
         f"{metric} on the test set “{data.test_set}” by the number of images added per real image. Points: means over "
@@ -111,7 +112,8 @@ def _forest(data: ReportData, rows: pd.DataFrame, key: str, test_set: str, metri
     lines: list[tuple[str, str, float, float, float, bool, bool]] = []
     said: list[str] = []
     for row in shown.to_dict("records"):
-        name = row["subgroup"] if by == "subgroup" else row["arm"] if same else f"{row['arm']} vs {row['against']}"
+        name = row["arm"] if same else f"{row['arm']} vs {row['against']}"
+        name = group_words(row["subgroup"]) if by == "subgroup" else name
         filled = is_shown(row, data.confidence, "p" if row["marked"] else "p_holm")
         size = number(row["difference"], sign=True)
         lines.append((name, f"{size} ({interval(row['ci_low'], row['ci_high'])})", row["difference"], row["ci_low"],
@@ -142,7 +144,7 @@ def fidelity(data: ReportData) -> list[Drawing]:
     keys = ["extractor", "metric", "synthetic_set"]
     for i, ((extractor, metric, _), rows) in enumerate(table.groupby(keys, sort=False, dropna=False)):
         rows = rows.head(MOST_ROWS)
-        words = metric_words(metric)
+        words = metric_words(str(metric))
         with canvas(60 + 44 * len(rows)) as figure:
             axes = interval_rows(figure, [_distance(r) for r in rows.to_dict("records")], words, zero=None)
             for y, floor in zip(range(len(rows) - 1, -1, -1), rows["floor"]):
@@ -150,13 +152,14 @@ def fidelity(data: ReportData) -> list[Drawing]:
             svg = svg_of(figure, f"fidelity-{i}")
         which = rows["generator"].dropna()
         source = f" of {which.iloc[0]}" if len(which) and table["synthetic_set"].nunique() > 1 else ""
+        title = words[0].upper() + words[1:]
         said = "; ".join(
             f"{_class(r.row_class)} {number(r.value)} against a floor of {number(r.floor)}"
             for r in rows.rename(columns={"class": "row_class"}).itertuples()
         )
         drawings.append(Drawing(
-            f"fidelity-{i}", svg, f"{words} ({extractor} features){source}: {said}.",
-            f"{words} between synthetic{source} and held-out real images, {extractor} features. Circle: synthetic, with "
+            f"fidelity-{i}", svg, f"{title} ({extractor} features){source}: {said}.",
+            f"{title} of synthetic{source} against held-out real images, {extractor} features. Circle: synthetic, with "
             "its interval where there is one; upright bar: real against real at the same number of images, the best "
             "that can be had.",
         ))  # fmt: skip

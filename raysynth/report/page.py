@@ -3,31 +3,29 @@
 Nothing is loaded from anywhere: figures are inline SVG, sheets and tables are data. The page follows the reader's
 colour scheme, fits a phone, and prints. Does not know how its numbers were made or where artifacts are.
 
-Input: `ReportData`; output: HTML, and the tables as CSV (see `tables.write_tables`).
+Input: `ReportData`; output: HTML, which carries the tables as CSV (see `downloads`).
 """
 
 from __future__ import annotations
 
 import base64
-import gzip
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from raysynth.report import figures, panels, tables
+from raysynth.report import figures, origins, panels, tables
 from raysynth.report.data import ReportData
+from raysynth.report.downloads import downloads
 from raysynth.report.drawing import Drawing
-from raysynth.report.tables import Table, write_tables
-from raysynth.report.words import answer, count, plural
-
-__all__ = ["render_page", "write_tables"]
+from raysynth.report.tables import Table
+from raysynth.report.words import answer, plural
 
 MOST_SHEETS = 3_000_000
 """Bytes of contact sheets; those beyond are named, not shown, so that the page can be mailed."""
-PLAIN_CSV, MOST_CSV = 100_000, 1_000_000
-"""Bytes of a table up to which it is embedded as it is, and up to which gzip's result is; larger ones stand beside
-the page."""
+
+Folded = tuple[str, list[Drawing], list[Table]]
+"""Title, figures and tables."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,14 @@ class Section:
     """One part of the page."""
 
     key: str
+    short: str
+    """In the list of sections."""
     title: str
     words: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    folded: list[tuple[str, list[Drawing], list[Table]]] = field(default_factory=list)
-    """Title, figures and tables of parts that are opened by those who want them."""
-
-
-@dataclass(frozen=True)
-class Download:
-    """One table to be saved; `uri` is empty where it is too large to be carried."""
-
-    name: str
-    rows: int
-    uri: str
+    folded: list[Folded] = field(default_factory=list)
+    """Parts that are opened by those who want them."""
 
 
 def render_page(data: ReportData) -> str:
@@ -104,10 +95,11 @@ def _there(*items: Table | None) -> list[Table]:
 
 def _result(data: ReportData) -> Section:
     drawings = [figures.ratio_curve(data), *(figures.forest(data, t) for t in _primary_first(data))]
-    contrasts = tables.contrasts(data)
+    contrasts = _there(*(tables.contrasts(data, t) for t in _primary_first(data)))
+    folded = [("How every arm was trained", _there(tables.recipes(data))), ("All paired differences", contrasts)]
     return Section(
-        "result", "Every arm", [], [d for d in drawings if d], _there(tables.arms(data)),
-        [("All paired differences", [], [contrasts])] if contrasts else [],
+        "result", "Arms", "Every arm", [], [d for d in drawings if d], _there(tables.arms(data)),
+        [(title, [], found) for title, found in folded if found],
     )  # fmt: skip
 
 
@@ -121,11 +113,10 @@ def _details(data: ReportData) -> Section:
     curve = panels.reliability(data)
     heat = [tables.metrics_by_arm(data, t) for t in _primary_first(data)]
     matrices = tables.confusion_tables(data)
-    folded = [("Confusion matrices", confusions, matrices)] if confusions or matrices else []
+    folded: list[Folded] = [("Confusion matrices", confusions, matrices)] if confusions or matrices else []
     folded += [("Reliability", [curve], [])] if curve else []
-    return Section(
-        "metrics", "All metrics, by arm and by finding", [], [], _there(*heat, tables.findings_by_arm(data)), folded
-    )
+    heat.append(tables.findings_by_arm(data))
+    return Section("metrics", "Metrics", "All metrics, by arm and by finding", [], [], _there(*heat), folded)
 
 
 def _subgroups(data: ReportData) -> Section:
@@ -133,21 +124,25 @@ def _subgroups(data: ReportData) -> Section:
     drawing = figures.subgroup_forest(data)
     words = ["Subgroups are exploratory. A difference that is shown in one and not in another is not a difference "
              "between them."] if found else []  # fmt: skip
-    return Section("subgroups", "Whom it helps: subgroups", words, [drawing] if drawing else [], found)
+    return Section("subgroups", "Subgroups", "Whom it helps: subgroups", words, [drawing] if drawing else [], found)
 
 
 def _training(data: ReportData) -> Section:
-    return Section("training", "Training", [], panels.training_curves(data))
+    return Section("training", "Training", "Training", [], panels.training_curves(data))
 
 
 def _fidelity(data: ReportData) -> Section:
-    drawings, table = figures.fidelity(data), tables.fidelity(data)
+    drawings, table = figures.fidelity(data), origins.fidelity(data)
     words = ["Close to real is not the same as useful for training: the arms above answer that."] if table else []
-    return Section("fidelity", "How close the synthetic images are", words, drawings, _there(table))
+    folded: list[Folded] = [("Numbers", [], _there(table))] if drawings else []
+    return Section(
+        "fidelity", "Fidelity", "How close the synthetic images are", words, drawings,
+        [] if drawings else _there(table), folded,
+    )  # fmt: skip
 
 
 def _generator(data: ReportData) -> Section:
-    table = tables.generator_saw(data)
+    table = origins.generator_saw(data)
     words = []
     if table:
         unseen = data.arms["n_unseen"].dropna()
@@ -156,30 +151,15 @@ def _generator(data: ReportData) -> Section:
             f"The generator saw {plural(most, 'real image')} that the classifier did not."
             if most > 0 else "The generator saw no real image that the classifier did not."
         ]  # fmt: skip
-    return Section("generator", "What the generator saw", words, [], _there(table))
+    return Section("generator", "Generator", "What the generator saw", words, [], _there(table))
 
 
 def _cost(data: ReportData) -> Section:
-    return Section("cost", "What it cost", [], [], _there(tables.cost(data)))
+    return Section("cost", "Cost", "What it cost", [], [], _there(origins.cost(data)))
 
 
 def _provenance(data: ReportData) -> Section:
-    return Section("provenance", "Where the numbers come from", list(data.notes), [], _there(tables.provenance(data)))
-
-
-def downloads(data: ReportData) -> list[Download]:
-    """Every table as a link that carries it."""
-    found = []
-    for name, csv in write_tables(data).items():
-        rows = csv.count(b"\n") - 1
-        if len(csv) <= PLAIN_CSV:
-            found.append(Download(name, rows, _uri("text/csv", csv)))
-            continue
-        packed = gzip.compress(csv, mtime=0)
-        small = len(packed) <= MOST_CSV
-        found.append(Download(f"{name}.gz" if small else name, rows, _uri("application/gzip", packed) if small else ""))
-    return found
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    return Section(
+        "provenance", "Provenance", "Where the numbers come from", list(data.notes), [],
+        _there(origins.provenance(data)),
+    )  # fmt: skip

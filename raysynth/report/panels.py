@@ -13,8 +13,20 @@ from matplotlib.colors import to_rgba
 from matplotlib.patches import Rectangle
 
 from raysynth.report.data import ReportData
-from raysynth.report.drawing import GRID, INK, MUTED, SERIES, SMALL, Drawing, canvas, short, small_multiples
-from raysynth.report.drawing import svg_of, thinned, wrapped  # fmt: skip
+from raysynth.report.drawing import (  # fmt: skip
+    GRID,
+    INK,
+    MUTED,
+    SERIES,
+    SMALL,
+    Drawing,
+    canvas,
+    short,
+    small_multiples,
+    svg_of,
+    thinned,
+    wrapped,
+)
 from raysynth.report.words import listed, metric_words, number
 
 DARKEST = 0.5
@@ -161,7 +173,8 @@ def _confusion(key: str, arm: str, counts: np.ndarray, names: list[str]) -> Draw
     if off.any():
         true, said = np.unravel_index(off.argmax(), off.shape)
         alt += f"; the most frequent mistake is {names[true]} taken for {names[said]}, {off[true, said]:g} times"
-    return Drawing(key, svg, f"{alt}.", f"{arm}: counts summed over the seeds, shaded by share of the true class.")
+    caption = f"{arm}: counts summed over the seeds, shaded by share of the true class; empty: 0."
+    return Drawing(key, svg, f"{alt}.", caption)
 
 
 def reliability(data: ReportData) -> Drawing | None:
@@ -180,7 +193,7 @@ def reliability(data: ReportData) -> Drawing | None:
             predicted, observed, n = bins["p"] / bins["n"], bins["o"] / bins["n"], bins["n"]
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle="--")
             axes.plot(predicted, observed, color=SERIES[0], linewidth=1.2)
-            axes.scatter(predicted, observed, s=6 + 60 * n / n.max(), color=SERIES[0], linewidth=0)
+            axes.scatter(predicted, observed, s=6 + 60 * n / n.max(), color=SERIES[0], linewidth=0, clip_on=False)
             axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
             axes.set_title(wrapped(arm, 24), fontsize=SMALL)
             gap = float(((predicted - observed).abs() * n).sum() / n.sum())

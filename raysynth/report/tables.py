@@ -1,12 +1,11 @@
 """Tables of the page, ready to be set: words in cells, shades where a table is also a heat map.
 
 Do not know how their numbers were made, nor HTML. Input: `ReportData`; output: `Table`s, or None where there is
-nothing to tell; and every table in full as CSV.
+nothing to tell. Where images and numbers come from is in `origins`, every table in full in `downloads`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,16 @@ import pandas as pd
 
 from raysynth.report.data import MACRO, ReportData
 from raysynth.report.panels import DARKEST, multilabel
-from raysynth.report.words import count, higher_is_better, interval, is_shown, metric_words, number, p_words
+from raysynth.report.words import (
+    count,
+    group_words,
+    higher_is_better,
+    interval,
+    is_shown,
+    metric_words,
+    number,
+    p_words,
+)
 
 WITHHELD = "withheld"
 MOST_CONTRASTS = 60
@@ -42,50 +50,63 @@ class Table:
     """Columns of words, which stand left; numbers stand right."""
 
 
-def _table(key: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()) -> (
-    Table | None
-):
+def table(
+    key: str, caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[str] = ()
+) -> Table | None:
+    """A table of words; None without rows. `words`: heads of the columns that stand left."""
     cells = [[Cell(str(c)) for c in row] for row in rows]
     left = frozenset({0, *(head.index(w) for w in words if w in head)})
     return Table(key, caption, list(head), cells, left) if rows else None
 
 
-def _whole(row: dict[Any, Any], column: str) -> str:
-    return count(row.get(column))
-
-
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A cell of words; empty where there is nothing."""
     if isinstance(value, (list, tuple, set, np.ndarray)):
         return ", ".join(map(str, value))
     return "" if value is None or pd.isna(value) else str(value)
 
 
 def arms(data: ReportData) -> Table | None:
-    """What each arm was and how it did in the headline metric."""
+    """How each arm did in the headline metric, and the images behind it."""
     values = data.averages(metric=data.metric, test_set=data.test_set, subgroup="").set_index("arm")
     rows = []
     for name in data.arm_names:
         arm = data.arm(name)
         there: dict[Any, Any] = values.loc[name].to_dict() if name in values.index else {}
-        value = "not evaluated" if not there else WITHHELD if pd.isna(there["value"]) else number(there["value"])
         rows.append([
-            name, value, number(there.get("sd")), interval(there.get("ci_low"), there.get("ci_high")),
-            count(there.get("runs")), count(there.get("n")), count(there.get("n_patients")), _text(arm.get("strategy")),
-            number(arm.get("ratio"), 2).removesuffix(".00"), _whole(arm, "n_real"), _whole(arm, "n_synth"),
-            _whole(arm, "n_validation"), _whole(arm, "gradient_steps"), _whole(arm, "batch_size"),
-            _text(arm.get("architecture")), _text(arm.get("init")), _text(arm.get("changes")),
+            name, shown_or_withheld(there["value"]) if there else "not evaluated", number(there.get("sd")),
+            interval(there.get("ci_low"), there.get("ci_high")), count(there.get("runs")), count(arm.get("n_real")),
+            count(arm.get("n_synth")), number(arm.get("ratio"), 2).removesuffix(".00"), count(there.get("n")),
+            count(there.get("n_patients")),
         ])  # fmt: skip
     metric = metric_words(data.metric)
-    head = ["arm", metric, "sd over runs", "interval", "runs", "test images", "test patients", "strategy", "ratio",
-            "real", "synthetic", "validation", "steps", "batch", "architecture", "start", "what differs"]  # fmt: skip
-    return _table(
-        "arms", f"Every arm on the test set “{data.test_set}”: {metric} averaged over the findings, mean over the runs, "
-        "with the mean limits of their intervals over resampled test patients.", head, rows,
-        ["strategy", "architecture", "start", "what differs"],
+    part = {str(f).removeprefix(MACRO) for f in values["finding"]} - {""}
+    without = f"{', '.join(sorted(part))} (too few cases)" if part else ""
+    head = ["arm", metric, "sd over runs", "interval", "runs", "real images", "synthetic images", "ratio",
+            "test images", "test patients"]  # fmt: skip
+    return table(
+        "arms", f"Every arm on the test set “{data.test_set}”: {metric} averaged over the findings{without}, mean over "
+        "the runs. The interval, the mean of the runs’ limits, covers the choice of test patients, not training.",
+        head, rows,
     )  # fmt: skip
 
 
-def _shaded(key: str, caption: str, corner: str, values: pd.DataFrame, across: bool, lower: Sequence[str] = ()) -> Table:
+def recipes(data: ReportData) -> Table | None:
+    """How each arm was trained."""
+    rows = [
+        [r["arm"], text(r["strategy"]), count(r["gradient_steps"]), count(r["batch_size"]), count(r["n_validation"]),
+         text(r["seeds"]), text(r["architecture"]), text(r["init"]), text(r["changes"])]
+        for r in data.arms.to_dict("records")
+    ]  # fmt: skip
+    head = ["arm", "strategy", "optimizer steps", "batch", "validation images", "seeds", "architecture", "start",
+            "what differs"]  # fmt: skip
+    return table("recipes", "Training of every arm. Optimizer steps times batch is its compute.", head, rows,
+                  ["strategy", "what differs", "architecture", "start"])  # fmt: skip
+
+
+def _shaded(
+    key: str, caption: str, corner: str, values: pd.DataFrame, across: bool, lower: Sequence[str] = ()
+) -> Table:
     """A heat map of `values`; each column (or, `across`, the whole) is shaded from its worst to its best value."""
     numbers = values.to_numpy(float)
     known = np.isfinite(numbers)
@@ -119,8 +140,8 @@ def metrics_by_arm(data: ReportData, test_set: str) -> Table | None:
     wide.columns = pd.Index([metric_words(m) for m in wide.columns])
     note = f" Lower is better for {', '.join(lower)}." if lower else ""
     return _shaded(
-        f"heat-{data.test_sets.index(test_set)}", f"Test set “{test_set}”: metrics averaged over the findings, mean over "
-        f"the runs. Darker is better within a column; a shade is no test.{note}", "arm", wide, False, lower,
+        f"heat-{data.test_sets.index(test_set)}", f"Test set “{test_set}”: metrics averaged over the findings, mean "
+        f"over the runs. Darker is better within a column; a shade is no test.{note}", "arm", wide, False, lower,
     )  # fmt: skip
 
 
@@ -139,32 +160,35 @@ def findings_by_arm(data: ReportData) -> Table | None:
     direction = "Darker is higher." if higher_is_better(data.metric) else "Darker is lower, which is better."
     lower = [] if higher_is_better(data.metric) else list(wide.columns)
     return _shaded(
-        "findings", f"{metric_words(data.metric)} of each finding on the test set “{data.test_set}”, with its number of "
-        f"positives; mean over the runs. {direction}", "finding (positives)", wide, True, lower,
+        "findings", f"{metric_words(data.metric)} of each finding on the test set “{data.test_set}”, with its number "
+        f"of positives; mean over the runs. {direction}", "finding (positives)", wide, True, lower,
     )  # fmt: skip
 
 
-def contrasts(data: ReportData) -> Table | None:
-    """Paired differences over the findings' average, all metrics and test sets, the primary one first."""
-    rows = data.contrasts(subgroup="")
+def contrasts(data: ReportData, test_set: str) -> Table | None:
+    """Paired differences over the findings' average on one test set, the primary one first."""
+    rows = data.contrasts(test_set=test_set, subgroup="")
     rows = rows.sort_values("primary", ascending=False, kind="stable", key=lambda c: c.fillna(False).astype(bool))
     cells = []
     for row in rows.head(MOST_CONTRASTS).to_dict("records"):
         primary = bool(row["primary"]) and not pd.isna(row["primary"])
-        difference = WITHHELD if pd.isna(row["difference"]) else number(row["difference"], sign=True)
+        known = not pd.isna(row["difference"])
         verdict = "shown" if is_shown(row, data.confidence, "p" if primary else "p_holm") else "not shown"
         cells.append([
             f"{row['arm']} − {row['against']}" + (" (primary)" if primary else ""), metric_words(row["metric"]),
-            row["test_set"], difference, interval(row["ci_low"], row["ci_high"], sign=True),
-            p_words(row["p"]), p_words(row["p_holm"]), verdict, number(row["minimum_detectable_difference"]),
+            number(row["difference"], sign=True) if known else WITHHELD,
+            interval(row["ci_low"], row["ci_high"], sign=True), verdict if known else "-", p_words(row["p"]),
+            "-" if primary else p_words(row["p_holm"]), number(row["minimum_detectable_difference"]),
             count(row["n"]), count(row["n_patients"]), count(row["seeds"]),
         ])  # fmt: skip
     hidden = len(rows) - len(cells)
-    return _table(
-        "contrasts", "Paired differences, averaged over the findings. All but the primary one are exploratory; “shown” "
-        "means after Holm’s correction." + (f" {hidden:,} more are in comparisons.csv." if hidden > 0 else ""),
-        ["contrast", "metric", "test set", "difference", "interval", "test", "Holm", "verdict",
-         "minimum detectable", "images", "patients", "seeds"], cells, ["metric", "test set", "verdict"],
+    key = data.test_sets.index(test_set) if test_set in data.test_sets else "other"
+    return table(
+        f"contrasts-{key}", f"Paired differences on the test set “{test_set}”, averaged over the findings. All but a "
+        "primary one are exploratory, and “shown” is after Holm’s correction."
+        + (f" {hidden:,} more are in comparisons.csv." if hidden > 0 else ""),
+        ["contrast", "metric", "difference", "interval", "verdict", "p", "p, Holm", "minimum detectable", "images",
+         "patients", "seeds"], cells, ["metric"],
     )  # fmt: skip
 
 
@@ -187,22 +211,23 @@ def _by_subgroup(data: ReportData, metric: str, values: pd.DataFrame, gaps: pd.D
         by_arm = mine.set_index("arm")["value"]
         # An average over fewer findings in this group says which are left out.
         part = {str(f).removeprefix(MACRO) for f in mine["finding"] if str(f).startswith(f"{MACRO} ")}
-        rows.append([str(group or "everyone") + "".join(sorted(part)), count(mine["n"].max()),
-                     count(mine["n_patients"].max()), *(_withheld(by_arm.get(a)) for a in arms)])  # fmt: skip
+        rows.append([group_words(str(group)) + "".join(sorted(part)), count(mine["n"].max()),
+                     count(mine["n_patients"].max()), *(shown_or_withheld(by_arm.get(a)) for a in arms)])  # fmt: skip
     if len(gaps):
         by_arm = gaps.set_index("arm")["value"]
-        rows.append(["largest gap between groups", "", "", *(_withheld(by_arm.get(a)) for a in arms)])
+        rows.append(["largest gap between groups", "", "", *(shown_or_withheld(by_arm.get(a)) for a in arms)])
     better = "higher" if higher_is_better(metric) else "lower"
     words = metric_words(metric)
-    table = _table(
-        f"subgroups-{metric}", f"{words[0].upper()}{words[1:]} by subgroup on the test set “{data.test_set}”, mean over "
-        f"the runs; {better} is better. Withheld: too few cases.", ["subgroup", "images", "patients", *arms], rows,
+    found = table(
+        f"subgroups-{metric}", f"{words[0].upper()}{words[1:]} by subgroup on the test set “{data.test_set}”, mean "
+        f"over the runs; {better} is better. Withheld: too few cases.", ["subgroup", "images", "patients", *arms], rows,
     )  # fmt: skip
-    assert table is not None
-    return table
+    assert found is not None
+    return found
 
 
-def _withheld(value: Any) -> str:
+def shown_or_withheld(value: Any) -> str:
+    """A metric, or the word for one that is not told."""
     return WITHHELD if value is None or pd.isna(value) else number(value)
 
 
@@ -219,104 +244,6 @@ def confusion_tables(data: ReportData) -> list[Table]:
             rows.append([name, *map(count, (tp, fn, fp, tn)), *shares])
         head = ["finding", "true positive", "false negative", "false positive", "true negative", "sensitivity",
                 "specificity"]  # fmt: skip
-        table = _table(f"confusion-{i}", f"{arm}: counts summed over the seeds, at the frozen thresholds.", head, rows)
-        tables += [table] if table else []
+        found = table(f"confusion-{i}", f"{arm}: counts summed over the seeds, at the frozen thresholds.", head, rows)
+        tables += [found] if found else []
     return tables
-
-
-def fidelity(data: ReportData) -> Table | None:
-    """Distances beside their floor."""
-    rows = [
-        [_text(r["class"]) if _text(r["class"]) not in ("", "all") else "overall", metric_words(r["metric"]),
-         number(r["value"]) if not pd.isna(r["value"]) else WITHHELD, interval(r["ci_low"], r["ci_high"]),
-         number(r["floor"]), count(r["n_real"]), count(r["n_synth"]), _text(r["extractor"]), _text(r["generator"]),
-         _text(r["note"])]
-        for r in data.fidelity.to_dict("records")
-    ]  # fmt: skip
-    head = ["class", "metric", "synthetic", "interval", "floor", "real images", "synthetic images", "features",
-            "generator", "note"]  # fmt: skip
-    return _table(
-        "fidelity", "Synthetic against held-out real images. Floor: real against real at the same number of images.",
-        head, rows, ["metric", "features", "generator", "note"],
-    )  # fmt: skip
-
-
-def _duration(seconds: Any) -> str:
-    if seconds is None or pd.isna(seconds):
-        return "-"
-    if seconds < 120:
-        return f"{seconds:,.1f} s"
-    return f"{seconds / 60:,.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def cost(data: ReportData) -> Table | None:
-    """Time, speed and price of every stage, with the sum."""
-    table = data.cost
-    records = table.to_dict("records")
-    rows = [
-        [_text(r["stage"]), _text(r["arm"]), _duration(r["seconds"]), count(r["images"]), number(r["images_per_s"], 1),
-         _duration(r["gpu_seconds"]), number(r["cost"], 2)]
-        for r in records
-    ]  # fmt: skip
-    if len(rows) > 1:
-        total = table[["seconds", "gpu_seconds", "cost"]].sum(min_count=1)
-        rows.append(["total", "", _duration(total["seconds"]), "", "", _duration(total["gpu_seconds"]),
-                     number(total["cost"], 2)])  # fmt: skip
-    return _table(
-        "cost", "Cost of every stage; stages that ran side by side add up to more than the wall clock.",
-        ["stage", "arm", "time", "images", "images/s", "GPU time", "cost"], rows, ["arm"],
-    )  # fmt: skip
-
-
-def generator_saw(data: ReportData) -> Table | None:
-    """Real images behind each arm: given to the classifier, used to choose, and seen by the generator alone."""
-    used = data.arms[(data.arms["n_synth"] > 0) | (data.arms["n_unseen"] > 0) | (data.arms["strategy"] == "upper_bound")]
-    rows = [
-        [r["arm"], _whole(r, "n_real"), _whole(r, "n_validation"), _whole(r, "n_real_generator"), _whole(r, "n_unseen"),
-         _text(r["train_on"])]
-        for r in used.to_dict("records")
-    ]  # fmt: skip
-    return _table(
-        "generator-saw", "Real images behind each arm with synthetic images, and behind the upper bound.",
-        ["arm", "given to the classifier", "used for validation", "seen by the generator",
-         "seen by the generator, not the classifier", "generator.train_on"], rows, ["generator.train_on"],
-    )  # fmt: skip
-
-
-def provenance(data: ReportData) -> Table | None:
-    """Where every number comes from."""
-    rows = [
-        [_text(r["stage"]), _text(r["folder"]), _text(r["digest"])[:12], _text(r["git commit"])[:12],
-         {True: "yes", False: "no"}.get(r["dirty"], _text(r["dirty"])), _duration(r["seconds"]), _versions(r["versions"])]
-        for r in data.provenance.to_dict("records")
-    ]  # fmt: skip
-    head = ["stage", "folder", "digest", "commit", "uncommitted changes", "time", "versions"]
-    return _table("provenance", "Artifacts behind this page.", head, rows,
-                  ["folder", "digest", "commit", "uncommitted changes", "versions"])  # fmt: skip
-
-
-def _versions(value: Any) -> str:
-    if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else _text(value)
-
-
-def write_tables(data: ReportData) -> dict[str, bytes]:
-    """File name -> CSV of every table of the data, whole, and of what the page derives from them.
-
-    Numbers have all their digits; a missing or withheld one is empty.
-    """
-    tables = {**data.tables(), "summary": data.summary(), "confusion": _confusion_rows(data)}
-    return {f"{name}.csv": table.to_csv(index=False).encode() for name, table in tables.items() if len(table)}
-
-
-def _confusion_rows(data: ReportData) -> pd.DataFrame:
-    """Long form: finding is empty for a matrix of classes; true and predicted are 0 or 1 within a finding."""
-    rows = []
-    for arm, (counts, names) in data.confusion.items():
-        stacked = multilabel(counts, names)
-        tables = {"": np.asarray(counts)} if stacked is None else dict(zip(names, stacked))
-        for finding, matrix in tables.items():
-            labels = names if stacked is None else [0, 1]
-            rows += [(arm, finding, labels[i], labels[j], v) for (i, j), v in np.ndenumerate(matrix)]
-    return pd.DataFrame(rows, columns=["arm", "finding", "true", "predicted", "count"])

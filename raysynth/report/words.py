@@ -20,7 +20,8 @@ METRICS = {
     "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "ece": "calibration error (ECE)", "brier": "Brier score",
     "loss": "loss", "log_loss": "log loss", "nll": "negative log likelihood", "mcc": "MCC", "fid": "FID",
     "kid": "KID", "frechet": "Fréchet distance", "kernel": "kernel distance (MMD²)",
-    "real_vs_synthetic_auroc": "real-against-synthetic AUROC", "fpr": "false positive rate", "fnr": "false negative rate",
+    "real_vs_synthetic_auroc": "real-against-synthetic AUROC", "fpr": "false positive rate",
+    "fnr": "false negative rate", "underdiagnosis": "underdiagnosis rate",
 }  # fmt: skip
 """Words for metrics whose key is not already one."""
 LOWER_IS_BETTER = ("ece", "mce", "brier", "loss", "log_loss", "nll", "fpr", "fnr", "underdiagnosis", "overdiagnosis")
@@ -57,6 +58,12 @@ def metric_words(metric: str) -> str:
 def higher_is_better(metric: str) -> bool:
     """Whether more of the metric is better; gaps and errors are better low."""
     return not (metric.startswith(LOWER_IS_BETTER) or metric.endswith(("_gap", "_error", "_loss")))
+
+
+def group_words(subgroup: str) -> str:
+    """`age bin: 18-39 & sex: F` of `age_bin=18-39 & sex=F`; the empty group is everyone."""
+    parts = (p.partition("=") for p in subgroup.split(" & "))
+    return " & ".join(f"{a.replace('_', ' ')}: {v}" if v else a for a, _, v in parts) or "everyone"
 
 
 def number(value: Any, digits: int = 3, sign: bool = False) -> str:
@@ -181,10 +188,13 @@ def _shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[str]:
         return [f"Differences of {metric} from {spread} are compatible with these data."] if known else []
     better = "higher" if row["difference"] > 0 else "lower"
     test = f"; {p_words(row['p'])}" if not pd.isna(row["p"]) else ""
+    seeds = 1 if pd.isna(row["seeds"]) else int(row["seeds"])
+    over = "over test patients" + (f" and {seeds} training seeds" if seeds > 1 else "")
+    size, percent = number(abs(row["difference"])), f"{100 * data.confidence:g} %"
     return [
         f"On {count(row['n_patients'])} test patients the {metric} of “{row['arm']}” was {better} than that of "
-        f"“{row['against']}” by {number(abs(row['difference']))} ({100 * data.confidence:g} % interval {spread}{test})."
-    ]  # fmt: skip
+        f"“{row['against']}” by {size} ({percent} interval {spread}, {over}{test})."
+    ]
 
 
 def _not_shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[str]:
@@ -196,7 +206,8 @@ def _not_shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[st
                     "few patients to see one”.")  # fmt: skip
         if not pd.isna(least):
             said.append(f"That there is no difference smaller than {number(least)}: a true difference of that size is "
-                        "found in four of five such tests, a smaller one less often, so it cannot be excluded.")  # fmt: skip
+                        "found in four of five such tests, a smaller one less often, so one cannot be "
+                        "excluded.")  # fmt: skip
         excluded = row["ci_low"] > 0 or row["ci_high"] < 0
         if not pd.isna(row["p"]) and (row["p"] < level) != excluded:
             said.append(f"A clear result: the interval ({interval(row['ci_low'], row['ci_high'], sign=True)}) and the "
@@ -237,15 +248,19 @@ def _control_words(data: ReportData, row: Any) -> list[str]:
     if relevant and not controls:
         words = " nor ".join(CONTROLS[s] for s in relevant)
         return [f"That it takes synthetic images: no control ({words}) was trained."]
+    values = data.averages(metric=row["metric"], test_set=row["test_set"], subgroup="").set_index("arm")["value"]
     said = []
     for control, words in controls:
         found = data.contrasts(
-            arm=row["arm"], against=control, metric=row["metric"], test_set=row["test_set"], subgroup="",
-        )  # fmt: skip
-        if control != row["against"] and len(found) and not is_shown(found.iloc[0], data.confidence, "p_holm"):
+            arm=row["arm"], against=control, metric=row["metric"], test_set=row["test_set"], subgroup=""
+        )
+        claim = f"That it does better than the control “{control}” ({words})"
+        if len(found) and not is_shown(found.iloc[0], data.confidence, "p_holm"):
             size, spread = found.iloc[0]["difference"], (found.iloc[0]["ci_low"], found.iloc[0]["ci_high"])
-            said.append(f"That it does better than the control “{control}” ({words}): the difference is "
-                        f"{number(size, sign=True)} ({interval(*spread, sign=True)}).")  # fmt: skip
+            said.append(f"{claim}: the difference is {number(size, sign=True)} ({interval(*spread, sign=True)}).")
+        elif not len(found) and control in values and row["arm"] in values:
+            said.append(f"{claim}: the two were not tested as a pair; they reached {number(values[row['arm']])} and "
+                        f"{number(values[control])}.")  # fmt: skip
     return said
 
 

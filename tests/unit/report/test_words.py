@@ -1,0 +1,175 @@
+"""The answer in words: each case says what it may and not more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from raysynth.report.data import ReportData
+from raysynth.report.words import Answer, answer, group_words, higher_is_better, interval, number, p_words
+from tests.report_data import PRIMARY, arms, comparisons, report_data
+
+SHOWN = {"difference": 0.024, "ci_low": 0.008, "ci_high": 0.040, "p": 0.004, "minimum_detectable_difference": 0.020}
+OPEN = {"difference": 0.009, "ci_low": -0.006, "ci_high": 0.024, "p": 0.21, "minimum_detectable_difference": 0.021}
+
+
+@pytest.fixture(scope="module")
+def whole() -> ReportData:
+    return report_data()
+
+
+def said(whole: ReportData, row: dict[str, Any] | None = None, **changes: Any) -> Answer:
+    """The answer of `whole` with other numbers in the primary row, and other fields."""
+    fields = {f: getattr(whole, f) for f in whole.__dataclass_fields__}
+    rows = comparisons(np.random.default_rng(0), **(row or {}))
+    return answer(ReportData(**{**fields, "comparisons": rows, **changes}))
+
+
+def text(a: Answer) -> str:
+    return " ".join([a.question, a.headline, *a.shown, *a.not_shown])
+
+
+def test_a_difference_that_is_shown(whole: ReportData) -> None:
+    a = said(whole, SHOWN)
+    assert a.verdict == "better"
+    assert a.headline == "Yes, on this test set: “mix x3” did better than “real” (AUROC +0.024)."
+    assert a.shown == [
+        "On 720 test patients the AUROC of “mix x3” was higher than that of “real” by 0.024 (95 % interval +0.008 to "
+        "+0.040, over test patients and 3 training seeds; p = 0.004)."
+    ]
+    facts = dict(a.facts)
+    assert facts["test patients"] == "720"
+    assert facts["seeds"] == "3"
+    assert facts["minimum detectable difference"] == "0.020"
+    assert facts["95 % interval"] == "+0.008 to +0.040"
+
+
+def test_a_harmful_difference_is_said_to_be_worse(whole: ReportData) -> None:
+    a = said(whole, {**SHOWN, "difference": -0.024, "ci_low": -0.040, "ci_high": -0.008})
+    assert a.verdict == "worse"
+    assert a.headline.startswith("No: “mix x3” did worse than “real” (AUROC −0.024)")
+    assert "was lower than" in a.shown[0]
+
+
+def test_less_of_an_error_is_better(whole: ReportData) -> None:
+    less = {**SHOWN, "metric": "ece", "difference": -0.02, "ci_low": -0.03, "ci_high": -0.01}
+    a = said(whole, less, primary={**PRIMARY, "metric": "ece"})
+    assert a.verdict == "better"
+    assert "the calibration error (ECE) of “mix x3” was lower" in a.shown[0]
+    assert not higher_is_better("underdiagnosis_gap")
+    assert higher_is_better("auroc")
+
+
+def test_not_significant_is_not_no_effect(whole: ReportData) -> None:
+    a = said(whole, OPEN)
+    assert a.verdict == "open"
+    assert a.headline.startswith("Not shown:")
+    assert a.shown == ["Differences of AUROC from −0.006 to +0.024 are compatible with these data."]
+    assert a.not_shown[0].startswith("That there is no effect")
+    assert "smaller than 0.021" in a.not_shown[1]
+    assert "cannot be excluded" in a.not_shown[1]
+
+
+def test_a_shown_difference_below_the_detectable_one_may_be_overstated(whole: ReportData) -> None:
+    small = {**SHOWN, "minimum_detectable_difference": 0.030}
+    assert any("tend to be overstated" in s for s in said(whole, small).not_shown)
+    assert not any("overstated" in s for s in said(whole, SHOWN).not_shown)
+
+
+def test_interval_and_test_must_agree(whole: ReportData) -> None:
+    a = said(whole, {**SHOWN, "p": 0.08})
+    assert a.verdict == "open"
+    assert any("disagree" in s for s in a.not_shown)
+    assert said(whole, {**SHOWN, "p": np.nan}).verdict == "better"
+
+
+def test_the_level_follows_the_confidence(whole: ReportData) -> None:
+    assert said(whole, {**SHOWN, "p": 0.02}, confidence=0.99).verdict == "open"
+    assert "99 % interval" in dict(said(whole, SHOWN, confidence=0.99).facts)
+
+
+def test_no_primary_contrast(whole: ReportData) -> None:
+    a = said(whole, SHOWN, primary=None)
+    assert a.verdict == "none"
+    assert "nothing here is confirmatory" in a.headline
+    assert not a.facts
+    assert "exploratory" in a.not_shown[0]
+
+
+def test_a_primary_contrast_that_was_not_computed(whole: ReportData) -> None:
+    a = said(whole, comparisons=pd.DataFrame())
+    assert a.verdict == "none"
+    assert "could not be computed" in a.headline
+
+
+def test_withheld(whole: ReportData) -> None:
+    a = said(whole, dict.fromkeys(SHOWN, np.nan))
+    assert a.verdict == "none"
+    assert a.headline.startswith("Withheld: the test set has too few cases")
+    assert not a.shown
+
+
+def test_a_finding_left_out_of_the_average_is_named(whole: ReportData) -> None:
+    a = said(whole, {**SHOWN, "finding": "macro without 7, 9"})
+    assert a.verdict == "better"
+    assert any("without 7, 9" in s for s in a.not_shown)
+
+
+def test_one_seed(whole: ReportData) -> None:
+    a = said(whole, {**SHOWN, "seeds": 1}, metrics=whole.metrics[whole.metrics["seed_classifier"] == 0])
+    assert any("one seed an arm" in s for s in a.not_shown)
+    assert "over test patients;" in a.shown[0]
+    assert not any("one seed an arm" in s for s in said(whole, SHOWN).not_shown)
+
+
+def test_what_only_training_seeds_leave_out(whole: ReportData) -> None:
+    a = said(whole, SHOWN)
+    (sentence,) = [s for s in a.not_shown if "another choice of real training images" in s]
+    assert "only 3 training seeds were tried" in sentence
+    metrics = whole.metrics.assign(seed_subset=whole.metrics["seed_classifier"])
+    assert "another choice of real training images" not in text(said(whole, SHOWN, metrics=metrics))
+
+
+def test_a_donor_generator_is_told_beside_the_upper_bound(whole: ReportData) -> None:
+    (sentence,) = [s for s in said(whole, SHOWN).not_shown if "further real images" in s]
+    assert "the generator saw 400 real images that the classifier of “mix x3” did not" in sentence
+    assert "“upper bound”" in sentence
+    assert "reached AUROC 0.9" in sentence
+    without = arms()[lambda t: t["strategy"] != "upper_bound"]
+    (sentence,) = [s for s in said(whole, SHOWN, arms=without).not_shown if "further real images" in s]
+    assert "No arm was trained on those real images" in sentence
+
+
+def test_no_donor(whole: ReportData) -> None:
+    assert "further real images" not in text(said(whole, SHOWN, arms=arms().assign(n_unseen=0)))
+
+
+def test_controls(whole: ReportData) -> None:
+    none = arms()[lambda t: t["strategy"] != "duplicate"]
+    assert any("no control" in s for s in said(whole, SHOWN, arms=none).not_shown)
+    (sentence,) = [s for s in said(whole, SHOWN).not_shown if "duplicate x3" in s]
+    assert "were not tested as a pair" in sentence
+    rows = comparisons(np.random.default_rng(0), **SHOWN)
+    pair = rows[rows["primary"]].assign(against="duplicate x3", primary=False, p_holm=0.4, ci_low=-0.01)
+    (sentence,) = [s for s in said(whole, comparisons=pd.concat([rows, pair])).not_shown if "duplicate x3" in s]
+    assert "the difference is +0.024 (−0.010 to +0.040)" in sentence
+    found = pd.concat([rows, pair.assign(p_holm=0.01, ci_low=0.01)])
+    assert not any("duplicate x3" in s for s in said(whole, comparisons=found).not_shown)
+
+
+def test_unequal_compute(whole: ReportData) -> None:
+    steps = arms().assign(gradient_steps=[600] * 6 + [900])
+    assert any("600 to 900" in s for s in said(whole, SHOWN, arms=steps).not_shown)
+    assert "equal compute" not in text(said(whole, SHOWN))
+
+
+def test_numbers() -> None:
+    assert [number(-0.0004, sign=True), number(-0.02, sign=True), number(None)] == ["0.000", "−0.020", "-"]
+    assert number(12345, 0) == "12,345"
+    assert interval(np.nan, 1) == "-"
+    assert [p_words(0.0002), p_words(0.0341), p_words(np.nan)] == ["p < 0.001", "p = 0.034", "-"]
+    assert group_words("age_bin=>=80 & sex=F") == "age bin: >=80 & sex: F"
+    assert group_words("") == "everyone"
