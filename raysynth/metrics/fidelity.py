@@ -104,20 +104,19 @@ def compare(held_out: Sample, real: Sample, synthetic: Sample, settings: Setting
     note = ""
     if apart > SHARES_DIFFER:
         note = f"class shares of real and synthetic images differ by up to {apart:.0%}, which counts as distance here"
-    rows = _rows(ALL, held_out, real, synthetic, settings, note)
+    samples = (held_out, real, synthetic)
+    rows = _rows(ALL, samples, settings, note)
     for column, name in enumerate(settings.classes):
-        n = min(int((s.labels[:, column] == 1).sum()) for s in (held_out, real, synthetic))
+        n = min(int((s.labels[:, column] == 1).sum()) for s in samples)
         if n < max(2, settings.min_images):
             rows += _withheld(name, n, f"withheld: {n} images of a side, fewer than {settings.min_images}")
         else:
-            rows += _rows(name, *(s.of_class(column, n) for s in (held_out, real, synthetic)), settings, "")
+            rows += _rows(name, [s.of_class(column, n) for s in samples], settings, "")
     return rows
 
 
-def _rows(
-    name: str, held_out: Sample, real: Sample, synthetic: Sample, settings: Settings, note: str
-) -> list[dict[str, Any]]:
-    samples = (held_out, real, synthetic)
+def _rows(name: str, samples: Sequence[Sample], settings: Settings, note: str) -> list[dict[str, Any]]:
+    held_out, real, synthetic = samples
     groups = min(GROUPS, *(len(set(s.units)) for s in samples))
     of_held_out, of_real, of_synthetic = (groups_of_units(s.units, groups) for s in samples)
     x, other, y = (s.features for s in samples)

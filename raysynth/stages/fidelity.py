@@ -95,7 +95,7 @@ def fidelity(
     v = experiment.evaluation
     names = label_names(table.schema) if v.fidelity.classes else []
     settings = Settings(names, v.min_positives, v.bootstraps, v.confidence, v.seed)
-    rows = compare(*samples, settings)
+    rows = compare(samples[0], samples[1], samples[2], settings)
     store = synthetic_set_of(generated)
     of = {"generator_id": store.identity["generator_id"], "synthetic_set": f"{store.name}-{store.fp}",
           "extractor": extractor}  # fmt: skip
