@@ -27,7 +27,10 @@ def make_optimizer(
             parameters, lr=section.lr, weight_decay=section.weight_decay, momentum=section.momentum,
             nesterov=section.momentum > 0,
         )  # fmt: skip
-    return torch.optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay)
+    # One fused kernel is six times as fast on a CPU, a seventh of a small classifier's step; its rounding is its own,
+    # so that generators stay with the plain one.
+    fused = isinstance(section, Classifier) or None
+    return torch.optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay, fused=fused)
 
 
 def learning_rate(
