@@ -138,10 +138,11 @@ def metrics_by_arm(data: ReportData, test_set: str) -> Table | None:
     )
     lower = [metric_words(m) for m in wide.columns if not higher_is_better(m)]
     wide.columns = pd.Index([metric_words(m) for m in wide.columns])
-    note = f" Lower is better for {', '.join(lower)}." if lower else ""
+    note = "The stronger the shade, the better within its column; a shade is no test."
+    note += f" Lower is better for {', '.join(lower)}." if lower else ""
     return _shaded(
         f"heat-{data.test_sets.index(test_set)}", f"Test set “{test_set}”: metrics averaged over the findings, mean "
-        f"over the runs. Darker is better within a column; a shade is no test.{note}", "arm", wide, False, lower,
+        f"over the runs. {note}", "arm", wide, False, lower,
     )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def findings_by_arm(data: ReportData) -> Table | None:
         index=list(dict.fromkeys(summary["finding"])), columns=[a for a in data.arm_names if a in wide.columns]
     )
     wide.index = pd.Index([f"{f} ({count(positives[f])})" for f in wide.index])
-    direction = "Darker is higher." if higher_is_better(data.metric) else "Darker is lower, which is better."
+    direction = f"The stronger the shade, the {'higher' if higher_is_better(data.metric) else 'lower'}."
     lower = [] if higher_is_better(data.metric) else list(wide.columns)
     return _shaded(
         "findings", f"{metric_words(data.metric)} of each finding on the test set “{data.test_set}”, with its number "

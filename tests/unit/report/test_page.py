@@ -246,7 +246,8 @@ def test_twenty_arms_with_long_names(data: ReportData) -> None:
                       for i, n in enumerate(names)])  # fmt: skip
     table = pd.concat([arms().iloc[[3]].assign(arm=n, ratio=1 + i % 5) for i, n in enumerate(names)])
     pairs = pd.concat([data.comparisons.iloc[:1].assign(arm=n, against=names[0]) for n in names[1:]])
-    curves = pd.concat([data.curves.query("arm == 'real' and step % 60 == 0").assign(arm=n) for n in names])
+    curve = data.curves.query("arm == 'real' and step % 60 == 0").assign(loss=np.nan, val_loss=np.nan)
+    curves = pd.concat([curve.assign(arm=n) for n in names])
     many = changed(data, metrics=rows, arms=table, comparisons=pairs, curves=curves, primary=None, confusion={},
                    reliability=pd.DataFrame())  # fmt: skip
     html = render_page(many)
@@ -260,7 +261,7 @@ def test_twenty_arms_with_long_names(data: ReportData) -> None:
 def test_a_report_does_not_change_from_one_drawing_to_the_next(data: ReportData) -> None:
     few = changed(
         data, curves=pd.DataFrame(), reliability=pd.DataFrame(), fidelity=pd.DataFrame(), confusion={},
-        comparisons=pd.DataFrame(),
+        comparisons=pd.DataFrame(), metrics=data.metrics.query("finding == 'macro' and subgroup == ''"),
     )  # fmt: skip
     assert render_page(few) == render_page(few)
 
