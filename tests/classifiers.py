@@ -17,7 +17,7 @@ BATCH = 16
 def tiny(**changes: Any) -> Classifier:
     """Resolved for 8 x 8 images."""
     settings: dict[str, Any] = {
-        "architecture": "resnet18", "arguments": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1], "stem_width": 4},
+        "architecture": "resnet18", "arguments": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]},
         "size": 8, "batch_size": BATCH, "steps": 8, "warmup_steps": 2, "validate_every": 1, "lr": 0.01,
     }  # fmt: skip
     return Classifier(**{**settings, **changes})

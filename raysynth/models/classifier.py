@@ -232,20 +232,15 @@ class ClassifierTraining:
 
     def load(self, path: str) -> None:
         """Continues from a saved state, within its phase."""
-        state = self.load_weights(path)
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state["network"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in ("step", "phase", "phase_step", "schedule"):
             setattr(self, name, state[name])
         self._freeze(state["frozen"])
-
-    def load_weights(self, path: str) -> dict[str, Any]:
-        """Takes the weights of a saved state and nothing else, such as those of the best validation; returns it."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state["network"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        return state
 
 
 def to_pixels(images: np.ndarray, device: torch.device, kind: torch.dtype = torch.float32) -> torch.Tensor:

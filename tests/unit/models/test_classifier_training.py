@@ -157,18 +157,6 @@ def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
         assert torch.equal(value, before[f"network.{name}"]) == (not name.startswith("head.")), name
 
 
-def test_weights_of_the_best_validation_alone_are_taken_back(tmp_path: Path) -> None:
-    training = start(ema_decay=0.9)
-    training.begin(0, 4)
-    training.update(*batch(0), PLACES)
-    training.save(str(tmp_path / "best.pt"))
-    kept = {k: v.clone() for k, v in tensors(training).items()}
-    training.update(*batch(1), PLACES)
-    training.load_weights(str(tmp_path / "best.pt"))
-    assert all(torch.equal(v, kept[k]) for k, v in tensors(training).items())
-    assert training.step == 2
-
-
 def test_a_run_depends_on_its_seed_alone() -> None:
     runs = [start(seed, **EVERYTHING) for seed in (0, 0, 1)]
     for training in runs:
