@@ -31,6 +31,13 @@ os.environ.pop("RAY_ADDRESS", None)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Ray share one Ray, so one process; they mostly wait, while the other process runs the rest."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real images beside the project; tests that need it are skipped elsewhere."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,41 +18,86 @@ from raysynth.cli import SHORT
 from raysynth.core.storage import open_storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
 
+STAGES = (
+    "ingest", "train-generator", "plan", "generate", "train-classifier", "sweep", "evaluate", "fidelity", "report",
+)  # fmt: skip
+
 
 def main(root: str) -> None:
-    artifacts = {p.parent.parent.name: p.parent for p in Path(root).glob("*/*/_SUCCESS")}
-    assert {"ingest", "train-generator", "plan", "generate"} <= set(artifacts), artifacts
-    for folder in artifacts.values():
+    artifacts: dict[str, list[Path]] = {}
+    for done in sorted(Path(root).glob("*/*/_SUCCESS")):
+        artifacts.setdefault(done.parent.parent.name, []).append(done.parent)
+    assert set(STAGES) <= set(artifacts), artifacts
+    for folder in (f for folders in artifacts.values() for f in folders):
         run = json.loads((folder / "run.json").read_text())
         assert run["digest"], folder
         assert run["versions"]["ray"], folder
-    counts = json.loads((artifacts["generate"] / "run.json").read_text())["counts"]
-    assert counts["wanted"] == counts["ok"] >= 400, counts
-    rows = pq.read_table(artifacts["generate"] / "rows.parquet")
-    assert rows.num_rows == counts["wanted"]
-
-    storage = open_storage(root)
-    store = SyntheticSet.open(storage, storage.folders(FOLDER)[0])
-    part = pq.read_table(io.BytesIO(store.part(rows["part"][0].as_py())))
-    row = part.slice(0, 1).to_pylist()[0]
-    image = Image.open(io.BytesIO(row["image"]["bytes"]))
-    assert image.size == (8, 8), image.size
-    assert row["generator_id"], "a row stands alone"
-    assert row["seed"] is not None
-
-    sheet = Image.open(artifacts["generate"] / "contact_sheet.png")
-    assert min(sheet.size) > 300, sheet.size
+    assert len(artifacts["train-generator"]) == 2, "a donor's, and one of the classifier's own images"
+    rows = rendered_once(root)
+    check_answer(artifacts)
+    check_page(artifacts["report"][0])
+    for folder in artifacts["generate"]:
+        if (folder / "contact_sheet.png").exists():
+            assert min(Image.open(folder / "contact_sheet.png").size) > 300, folder
     began = time.monotonic()
     again = raysynth("quickstart", "--short", "--root", root)
     assert "images/s" not in again, "a second run renders nothing"
-    print(f"quickstart: {counts['ok']} images, second run {time.monotonic() - began:.1f} s")
-    repair_a_corrupt_shard(root, store)
+    assert "classifiers to train" not in again, "a second run trains nothing"
+    print(f"quickstart: {rows} images, second run {time.monotonic() - began:.1f} s")
+    repair_a_corrupt_shard(root)
 
 
-def repair_a_corrupt_shard(root: str, store: SyntheticSet) -> None:
+def rendered_once(root: str) -> int:
+    """Each set holds the largest arm's rows, 10 x 100, each once, and a row stands alone."""
+    storage = open_storage(root)
+    sets = [SyntheticSet.open(storage, name) for name in storage.folders(FOLDER)]
+    assert len(sets) == 2, sets
+    for store in sets:
+        markers = store.markers(store.done())
+        assert sum(m["rows"] for m in markers.values()) == 1000, store.path
+        row = pq.read_table(io.BytesIO(store.part(markers[0]["part"]))).slice(0, 1).to_pylist()[0]
+        assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (8, 8)
+        assert row["generator_id"]
+        assert row["seed"] is not None
+    return 2000
+
+
+def check_answer(artifacts: dict[str, list[Path]]) -> None:
+    """Eight arms, two seeds; more real images make a better classifier; both contrasts carry an interval."""
+    trials = pq.read_table(artifacts["sweep"][0] / "trials.parquet").to_pandas()
+    assert len(trials) == 16, trials
+    assert (trials["state"] == "done").all()
+    metrics = pq.read_table(artifacts["evaluate"][0] / "metrics.parquet").to_pandas()
+    whole = metrics[(metrics["finding"] == "macro") & (metrics["subgroup"] == "") & (metrics["metric"] == "accuracy")]
+    accuracy = whole.groupby("arm")["value"].mean()
+    assert len(accuracy) == 8
+    assert accuracy["upper bound"] > accuracy["real"], accuracy
+    assert accuracy.min() > 0.2, "ten classes: chance is 0.1"
+    comparisons = pq.read_table(artifacts["evaluate"][0] / "comparisons.parquet").to_pandas()
+    primary = comparisons[comparisons["primary"]]
+    assert list(primary["arm"]) == ["mix x10"]
+    assert (primary["ci_low"] < primary["difference"]).all()
+    print(accuracy.round(3).to_string())
+
+
+def check_page(folder: Path) -> None:
+    """One page without a network, and its tables beside it."""
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="https?://[^"]+"', page)
+    assert "the generator saw" in page.lower()
+    assert {"metrics.csv", "comparisons.csv", "arms.csv"} <= {p.name for p in folder.iterdir()}
+
+
+def repair_a_corrupt_shard(root: str) -> None:
     """One flipped byte is found, its shard alone is rendered again, to the same image hashes."""
+    from raysynth.core.config import load_experiment
+    from raysynth.stages.pipeline import Pipeline
+
     words = [str(Path(raysynth_package.__file__).parent / "quickstart.yaml"), f"root={root}", *SHORT]
-    assert "400/400 committed" in raysynth("status", *words)
+    store = Pipeline(load_experiment(words[0], words[1:])).synthetic_set
+    status = raysynth("status", *words)
+    assert "1,000/1,000 committed" in status
+    assert "trials: 16/16 trained" in status
     assert "clean" in raysynth("verify", *words)
     shard = max(store.done())
     before = pq.read_table(io.BytesIO(store.part(store.marker(shard)["part"]))).column("sha256").to_pylist()
