@@ -32,8 +32,10 @@ def two_sample_auroc(
 ) -> Auroc:  # fmt: skip
     """How well a linear classifier tells features `b` (N, D) from `a` (M, D), on folds it was not trained on.
 
-    The interval resamples units and keeps the classifiers: it covers the choice of images judged, not of those trained
-    on.
+    The interval resamples units and keeps the classifiers. The folds' classifiers share most of their training images,
+    so their errors agree, and that interval alone would cover .5 in 21 of 30 pairs of samples that do not differ. Its
+    halves are therefore widened by sqrt(1 + K n_test / n_train) over K folds, the correction of Nadeau & Bengio
+    (Machine Learning 52, 2003, eq. 9).
 
     Args:
         units_a: (N,) patient or source image of every row; those of `a` and of `b` are kept apart.
@@ -48,8 +50,13 @@ def two_sample_auroc(
     cell = OneVsRest(target.astype(np.int8), scores, np.arange(len(target)), threshold=0.0)
     resampling = Resampling(np.unique(units, return_inverse=True)[1], bootstraps, seed)
     draws = np.concatenate([cell.weighted(weights, ["auroc"])["auroc"] for weights in resampling.chunks()])
-    found = interval(draws[1:], confidence)  # the first weighting is the sample itself
-    return Auroc(float(draws[0]), found.low, found.high)
+    value = float(draws[0])  # the first weighting is the sample itself
+    found = interval(draws[1:], confidence)
+    if found.low is None or found.high is None:
+        return Auroc(value)
+    wider = np.sqrt(1 + folds / (folds - 1))
+    low, high = value - wider * (value - found.low), value + wider * (found.high - value)
+    return Auroc(value, max(0.0, float(low)), min(1.0, float(high)))
 
 
 def out_of_fold_scores(

@@ -14,7 +14,9 @@ Knows no images, extractors, labels or tables. Input: float features (N, D); out
   k(x, y) = (x . y / D + 1)^3, over all pairs instead of random subsets.
 
 Intervals delete one of `GROUPS` groups of units (patients, source images) at a time, from both sides at once, and use
-Student's t. Both distances move with n, which is why the bootstrap, whose samples repeat images, is not used for them.
+Student's t. The Frechet distance shrinks as n grows, so its interval is one of its expectation at that n, not of the
+distance between the populations. The bootstrap, whose samples repeat images, would shift it as fewer images do, which
+is why it is not used here.
 """
 
 from __future__ import annotations

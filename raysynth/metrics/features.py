@@ -3,7 +3,8 @@
 Knows no labels, files of images, or what is done with the features. Input: uint8 images; output: float32 features.
 Only `pixels` needs no torch, which is why torch is imported where it is used.
 
-* `pixels`: area-resized to at most 16 px a side, flattened, in [0, 1].
+* `pixels`: area-resized to at most 16 px a side, flattened, in [0, 1]. Sees no detail: chest films of 224 px blurred to
+  32 px are as near to real ones as others are (Frechet .73, floor .83; 4.5 times the floor under ImageNet features).
 * `inception`: clean-fid's InceptionV3 with clean-fid's resizing (Parmar 2022, 2104.11222). The Frechet distance of
   these features, and of no others, is called FID (Heusel 2017, 1706.08500).
 * `timm:NAME`: the pooled features of a pretrained timm model; `timm:NAME@FILE` with weights of one's own.
@@ -48,6 +49,13 @@ class Extractor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         return self.features(images)
+
+
+def blind_spot(kind: str, size: int) -> str:
+    """What an extractor cannot see of images of a size, in words for a note; empty where nothing was found."""
+    if kind != "pixels" or size <= PIXELS_SIDE:
+        return ""
+    return f"{PIXELS_SIDE} px of {size}: blur and other detail do not count"
 
 
 def extractor_identity(kind: str) -> dict[str, str]:

@@ -71,6 +71,8 @@ class Settings:
     bootstraps: int
     confidence: float
     seed: int
+    note: str = ""
+    """Said of every number."""
 
 
 def fidelity_schema() -> pa.Schema:
@@ -101,11 +103,11 @@ def compare(held_out: Sample, real: Sample, synthetic: Sample, settings: Setting
         synthetic: as many synthetic images.
     """
     apart = _shares_apart(held_out.labels, synthetic.labels)
-    note = ""
+    shares = ""
     if apart > SHARES_DIFFER:
-        note = f"class shares of real and synthetic images differ by up to {apart:.0%}, which counts as distance here"
+        shares = f"class shares of real and synthetic images differ by up to {apart:.0%}, which counts as distance here"
     samples = (held_out, real, synthetic)
-    rows = _rows(ALL, samples, settings, note)
+    rows = _rows(ALL, samples, settings, shares)
     for column, name in enumerate(settings.classes):
         n = min(int((s.labels[:, column] == 1).sum()) for s in samples)
         if n < max(2, settings.min_images):
@@ -115,14 +117,14 @@ def compare(held_out: Sample, real: Sample, synthetic: Sample, settings: Setting
     return rows
 
 
-def _rows(name: str, samples: Sequence[Sample], settings: Settings, note: str) -> list[dict[str, Any]]:
+def _rows(name: str, samples: Sequence[Sample], settings: Settings, shares: str) -> list[dict[str, Any]]:
     held_out, real, synthetic = samples
     groups = min(GROUPS, *(len(set(s.units)) for s in samples))
     of_held_out, of_real, of_synthetic = (groups_of_units(s.units, groups) for s in samples)
     x, other, y = (s.features for s in samples)
 
     def row(metric: str, value: float | None, floor: float | None, ci: tuple, n: int, *notes: str) -> dict[str, Any]:
-        about = "; ".join(text for text in (note, *notes) if text)
+        about = "; ".join(text for text in (settings.note, shares, *notes) if text)
         return {"class": name, "metric": metric, "value": value, "floor": floor, "ratio": None, "ci_low": ci[0],
                 "ci_high": ci[1], "n_real": n, "n_synth": n, "note": about}  # fmt: skip
 

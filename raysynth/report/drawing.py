@@ -161,16 +161,24 @@ def _font(found: re.Match[str]) -> str:
     return f"font-size: {found[2]}px" + (f"; font-weight: {found[1].strip()}" if found[1] else "")
 
 
-def interval_rows(
-    figure: Figure, rows: Sequence[tuple[str, str, float, float, float, bool, bool]], label: str, zero: float | None = 0
-) -> Axes:
+IntervalRow = tuple[str, str, float, float, float, bool, bool]
+"""Name, numbers in words, value, low, high, whether marked (diamond, bold), whether filled."""
+NAME = 34
+"""Characters of a name that fit beside its numbers."""
+
+
+def row_height(rows: Sequence[IntervalRow]) -> float:
+    """Units that `interval_rows` needs for each row: long names take the whole width, and two lines."""
+    return 72 if any(len(name) > NAME for name, *_ in rows) else 44
+
+
+def interval_rows(figure: Figure, rows: Sequence[IntervalRow], label: str, zero: float | None = 0) -> Axes:
     """Points with intervals, one row each, the name and the numbers above the line so that long names fit a phone.
 
     Args:
-        rows: name, numbers in words, value, low, high, whether marked (diamond, bold), whether filled.
         zero: where the reference line stands.
     """
-    axes = figure.subplots()
+    axes, height = figure.subplots(), row_height(rows)
     for i, (name, words, value, low, high, marked, filled) in enumerate(rows):
         y = len(rows) - 1 - i
         colour = SERIES[0] if marked else INK
@@ -181,12 +189,17 @@ def interval_rows(
                 [value], [y], marker="D" if marked else "o", color=colour, markersize=8 if marked else 6.5,
                 markerfacecolor=colour if filled else PAPER, markeredgewidth=1.6,
             )  # fmt: skip
-        left, transform = 0.0, axes.get_yaxis_transform()
         # On a ground of paper, or the grid would run through the words.
-        style: dict[str, Any] = {"transform": transform, "fontweight": "bold" if marked else "normal", "va": "baseline",
-                 "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}}  # fmt: skip
-        axes.text(left, y + 0.32, short(name, 34), **style)
-        axes.text(1, y + 0.32, words, ha="right", fontsize=SMALL, **style)
+        style: dict[str, Any] = {
+            "transform": axes.get_yaxis_transform(), "fontweight": "bold" if marked else "normal", "va": "bottom",
+            "bbox": {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5},
+        }  # fmt: skip
+        above = y + 11 / height
+        if height > 44:
+            axes.text(0, above, wrapped(name, 58) + f"\n{words}", fontsize=SMALL, **style)
+        else:
+            axes.text(0, above, name, **style)
+            axes.text(1, above, words, ha="right", fontsize=SMALL, **style)
     if zero is not None:
         axes.axvline(zero, color=MUTED, linewidth=1, zorder=1)
     axes.set(ylim=(-0.6, len(rows) - 0.1), yticks=[], xlabel=label)

@@ -13,7 +13,18 @@ import pandas as pd
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from raysynth.report.data import ReportData
-from raysynth.report.drawing import INK, MUTED, Drawing, canvas, interval_rows, series, svg_of, wrapped
+from raysynth.report.drawing import (  # fmt: skip
+    INK,
+    MUTED,
+    Drawing,
+    IntervalRow,
+    canvas,
+    interval_rows,
+    row_height,
+    series,
+    svg_of,
+    wrapped,
+)
 from raysynth.report.words import group_words, higher_is_better, interval, is_shown, metric_words, number, plural
 
 MOST_ROWS = 30
@@ -109,7 +120,7 @@ def _forest(data: ReportData, rows: pd.DataFrame, key: str, test_set: str, metri
     known = known.assign(marked=primary).sort_values("marked", ascending=False, kind="stable")
     shown, words, better = known.head(MOST_ROWS), metric_words(metric), higher_is_better(metric)
     same = shown["against"].nunique() == 1
-    lines: list[tuple[str, str, float, float, float, bool, bool]] = []
+    lines: list[IntervalRow] = []
     said: list[str] = []
     for row in shown.to_dict("records"):
         name = row["arm"] if same else f"{row['arm']} vs {row['against']}"
@@ -119,7 +130,7 @@ def _forest(data: ReportData, rows: pd.DataFrame, key: str, test_set: str, metri
         lines.append((name, f"{size} ({interval(row['ci_low'], row['ci_high'])})", row["difference"], row["ci_low"],
                       row["ci_high"], row["marked"], filled))  # fmt: skip
         said.append(f"{name} {size}{', primary' if row['marked'] else ''}{', differs from 0' if filled else ''}")
-    with canvas(60 + 44 * len(lines)) as figure:
+    with canvas(60 + row_height(lines) * len(lines)) as figure:
         interval_rows(figure, lines, f"difference in {words} ({'right' if better else 'left'} of 0 is better)")
         svg = svg_of(figure, key)
     against = f" against “{shown['against'].iloc[0]}”" if same else ""
@@ -145,8 +156,9 @@ def fidelity(data: ReportData) -> list[Drawing]:
     for i, ((extractor, metric, _), rows) in enumerate(table.groupby(keys, sort=False, dropna=False)):
         rows = rows.head(MOST_ROWS)
         words = metric_words(str(metric))
-        with canvas(60 + 44 * len(rows)) as figure:
-            axes = interval_rows(figure, [_distance(r) for r in rows.to_dict("records")], words, zero=None)
+        lines = [_distance(r) for r in rows.to_dict("records")]
+        with canvas(60 + row_height(lines) * len(lines)) as figure:
+            axes = interval_rows(figure, lines, words, zero=None)
             for y, floor in zip(range(len(rows) - 1, -1, -1), rows["floor"]):
                 axes.plot([floor], [y], marker="|", color=MUTED, markersize=14, markeredgewidth=2.5)
             svg = svg_of(figure, f"fidelity-{i}")
@@ -170,6 +182,6 @@ def _class(name: Any) -> str:
     return "overall" if pd.isna(name) or name in ("", "all") else str(name)
 
 
-def _distance(row: dict[Any, Any]) -> tuple[str, str, float, float, float, bool, bool]:
+def _distance(row: dict[Any, Any]) -> IntervalRow:
     words = f"{number(row['value'])} (floor {number(row['floor'])})"
     return _class(row["class"]), words, row["value"], row["ci_low"], row["ci_high"], False, True

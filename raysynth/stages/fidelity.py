@@ -27,7 +27,7 @@ from raysynth.core.storage import Storage
 from raysynth.data.strata import seeded_order, stratified_order, used_labels
 from raysynth.data.views import INDEX
 from raysynth.metrics.distances import Moments
-from raysynth.metrics.features import extractor_identity, make_extractor
+from raysynth.metrics.features import blind_spot, extractor_identity, make_extractor
 from raysynth.metrics.fidelity import ALL, KEPT, Sample, Settings, compare, fidelity_schema, metric_name
 from raysynth.stages.cluster import Resources
 from raysynth.stages.generate import synthetic_set_of
@@ -94,7 +94,8 @@ def fidelity(
     ]  # fmt: skip
     v = experiment.evaluation
     names = label_names(table.schema) if v.fidelity.classes else []
-    settings = Settings(names, v.min_positives, v.bootstraps, v.confidence, v.seed)
+    note = blind_spot(v.fidelity.extractor, size)
+    settings = Settings(names, v.min_positives, v.bootstraps, v.confidence, v.seed, note)
     rows = compare(samples[0], samples[1], samples[2], settings)
     store = synthetic_set_of(generated)
     of = {"generator_id": store.identity["generator_id"], "synthetic_set": f"{store.name}-{store.fp}",

@@ -140,10 +140,12 @@ class SweepTable:
         shown = self.shown(console.size.height)
         hidden = Counter(r.state for r in self.rows) - Counter(r.state for r in shown)
         more = ", ".join(f"{n} more {state}" for state, n in hidden.items())
-        table = Table(box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold", expand=True)
         for name, side in (("arm", "left"), ("seed", "right"), ("state", "left"), ("step", "right"),
                            ("validation", "left"), ("time", "right")):  # fmt: skip
-            table.add_column(name, justify=side, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+            # A long reason gives way to the other columns.
+            ratio = 1 if name == "validation" else None
+            table.add_column(name, justify=side, ratio=ratio, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
         for r in shown:
             value = f"{r.monitor} {r.value:.4f}" if r.value is not None else ""
             table.add_row(
