@@ -218,7 +218,8 @@ def test_table_of_real_good_and_bad_images() -> None:
     assert "singular" not in f["note"]
     # Sides of one class are equally large, and a class that is rare on one side is withheld with its n.
     assert all(r["n_real"] == r["n_synth"] for r in same)
-    without = compare(sample(held_out[:450]), sample(real[:450]), sample(good[few][:450]), SETTINGS)
+    five = Settings(CLASSES[:5], 10, 100, 0.95, 0)
+    without = compare(sample(held_out[:450]), sample(real[:450]), sample(good[few][:450]), five)
     four = [r for r in without if r["class"] == "4"]
     assert [r["value"] for r in four] == [None] * 3
     assert {r["n_real"] for r in four} == {0}
