@@ -3,9 +3,9 @@
 Knows no labels, files of images, or what is done with the features. Input: uint8 images; output: float32 features.
 Only `pixels` needs no torch, which is why torch is imported where it is used.
 
-* `pixels`: area-resized to at most 16 px a side, flattened, in [0, 1]. Sees no detail: 120 chest films of 224 px blurred
-  to 32 px are as near to 120 others as sharp ones are (Frechet .73, floor .83); EfficientNet-Lite0 puts them at 5.5
-  times its floor.
+* `pixels`: area-resized to at most 16 px a side, flattened, in [0, 1]. Sees no detail: 120 chest films of 224 px
+  blurred to 32 px are as near to 120 others as sharp ones are (Frechet .73, floor .83); EfficientNet-Lite0 puts them
+  at 5.5 times its floor.
 * `inception`: clean-fid's InceptionV3 with clean-fid's resizing (Parmar 2022, 2104.11222). The Frechet distance of
   these features, and of no others, is called FID (Heusel 2017, 1706.08500).
 * `timm:NAME`: the pooled features of a pretrained timm model; `timm:NAME@FILE` with weights of one's own.
