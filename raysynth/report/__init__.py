@@ -6,7 +6,11 @@ helped.
 
 from raysynth.report.data import ReportData
 from raysynth.report.downloads import write_tables
+from raysynth.report.gather import show_answer, write_report
 from raysynth.report.page import render_page
 from raysynth.report.sheet import contact_sheet, draw_sheet, write_contact_sheet
 
-__all__ = ["ReportData", "contact_sheet", "draw_sheet", "render_page", "write_contact_sheet", "write_tables"]
+__all__ = [
+    "ReportData", "contact_sheet", "draw_sheet", "render_page", "show_answer", "write_contact_sheet", "write_report",
+    "write_tables",
+]  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -24,6 +23,8 @@ from raysynth.core.schemas import metric_schema, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.metrics.comparisons import Scored, compare, holm
 from raysynth.metrics.metric_table import evaluate as judge
+from raysynth.metrics.samples import groups, read_sample
+from raysynth.metrics.underdiagnosis import underdiagnosis
 from raysynth.stages.predictions import (
     TestSet,
     Trial,
@@ -36,6 +37,8 @@ from raysynth.stages.predictions import (
 
 STAGE = "evaluate"
 STAGE_VERSION = 1
+CONTROLS = ("duplicate", "permuted", "real_real")
+"""Strategies that tell the effect of synthetic images from that of more steps, more epochs or more noise."""
 COMPARED = ("auroc", "auprc", "accuracy", "balanced_accuracy", "f1")
 
 
@@ -93,7 +96,9 @@ def _judged(
 def judge_trial(trial: Trial, sets: Sequence[TestSet], evaluation: Evaluation, kind: str) -> pa.Table:
     """One classifier's rows of the metric table."""
     thresholds = thresholds_of(trial, evaluation)
-    tables = [judge(p, thresholds, evaluation, kind) for p in load_predictions(trial, sets).values()]
+    said = list(load_predictions(trial, sets).values())
+    tables = [judge(p, thresholds, evaluation, kind) for p in said]
+    tables += [underdiagnosis(p, thresholds, evaluation, kind) for p in said]
     rows = pa.concat_tables(tables)
     facts = {**trial.classifier.run_info()["facts"], "run": trial.classifier.path, "arm": trial.arm}
     schema = metric_schema()
@@ -112,50 +117,72 @@ def reference_arm(e: Experiment, trials: Sequence[Trial]) -> str:
     return (alone or [t.arm for t in trials])[0]
 
 
+def pairs_of(e: Experiment, trials: Sequence[Trial]) -> list[tuple[str, str]]:
+    """Every arm against the reference, and the primary arm against the controls that tell its effect from others."""
+    strategies = {t.arm: t.experiment.training_set.strategy for t in trials}
+    against, primary = reference_arm(e, trials), e.evaluation.primary.arm
+    pairs = [(name, against) for name in strategies if name != against]
+    controls = [n for n, s in strategies.items() if s in CONTROLS and n not in (against, primary)]
+    return pairs + [(primary, control) for control in controls if primary]
+
+
 def compare_arms(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet], kind: str) -> pd.DataFrame:
-    """Paired differences of every arm to the reference arm, on every test set; Holm's adjustment within the
-    exploratory ones of a test set and metric. Two arms are compared on the seeds that both have."""
+    """Paired differences of `pairs_of` on every test set, and of the primary pair in every subgroup of its test set.
+
+    Holm's adjustment is within the exploratory differences of one test set and metric. Two arms are compared on the
+    seeds that both have.
+
+    Raises:
+        DataError: `evaluation.primary` names an arm that is not there.
+    """
     import ray
 
     v, p = e.evaluation, e.evaluation.primary
     names = list(dict.fromkeys(t.arm for t in trials))
-    if p.arm:
-        for key, arm in (("arm", p.arm), ("against", p.against)):
-            if arm not in names:
-                raise DataError(f"evaluation.primary.{key}", arm, f"one of {', '.join(names)}")
-    against = reference_arm(e, trials)
-    pairs = [(name, against) for name in names if name != against]
+    for key, arm in (("arm", p.arm), ("against", p.against)):
+        if arm and arm not in names:
+            raise DataError(f"evaluation.primary.{key}", arm, f"one of {', '.join(names)}")
     remote = ray.remote(max_retries=3)(compare_pair).options(num_cpus=1)
-    references = []
-    for (arm, other), t in itertools.product(pairs, sets):
+    asked = []
+    for (arm, other), t in itertools.product(pairs_of(e, trials), sets):
         mine, theirs = ({x.seed: x for x in trials if x.arm == name} for name in (arm, other))
         common = sorted(mine.keys() & theirs.keys())
+        confirmatory = (arm, other, t.name) == (p.arm, p.against, p.test_set)
         if common:
-            ask = partial(remote.remote, [mine[s] for s in common], [theirs[s] for s in common])
-            references.append((arm, t.name, ask(list(sets), t.name, v, kind)))
+            pair = [mine[s] for s in common], [theirs[s] for s in common]
+            asked.append((arm, other, confirmatory, remote.remote(*pair, list(sets), t.name, v, kind, confirmatory)))
     rows = []
-    for arm, name, reference in references:
-        for metric, result in ray.get(reference).items():
-            primary = (arm, name, metric) == (p.arm, p.test_set, p.metric)
-            rows.append({"arm": arm, "against": against, **result, "primary": primary})
+    for arm, other, confirmatory, reference in asked:
+        for found in ray.get(reference):
+            primary = confirmatory and found["metric"] == p.metric and not found["subgroup"]
+            rows.append({"arm": arm, "against": other, **found, "primary": primary})
     frame = pd.DataFrame(rows)
     if frame.empty:
         return frame
     frame["p_holm"] = frame["p"]
-    exploratory = frame[~frame["primary"] & frame["p"].notna()]
-    for _, group in exploratory.groupby(["test_set", "metric"]):
-        frame.loc[group.index, "p_holm"] = holm(group["p"].to_numpy())
+    for _, group in frame[~frame["primary"]].groupby(["test_set", "metric"]):
+        frame.loc[group.index, "p_holm"] = holm(group["p"].astype(object).where(group["p"].notna(), None).tolist())
     return frame
 
 
 def compare_pair(
     arm: Sequence[Trial], against: Sequence[Trial], sets: Sequence[TestSet], test_set: str, evaluation: Evaluation,
-    kind: str,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Metric -> the paired difference of two arms on one test set, trials paired by seed."""
+    kind: str, subgroups: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The paired differences of two arms on one test set, trials paired by seed; runs in a Ray task.
+
+    Args:
+        subgroups: also the primary metric in every subgroup.
+    """
 
     def scored(trial: Trial) -> Scored:
         return Scored(load_predictions(trial, sets)[test_set], thresholds_of(trial, evaluation))
 
     mine, theirs = [scored(t) for t in arm], [scored(t) for t in against]
-    return {m: dataclasses.asdict(compare(mine, theirs, m, evaluation, kind)) for m in COMPARED}
+    wanted = [(metric, "") for metric in COMPARED]
+    if subgroups:
+        found = groups(read_sample(mine[0].predictions, kind), evaluation.subgroups)
+        wanted += [(evaluation.primary.metric, name) for name in found if name]
+    return [
+        dataclasses.asdict(compare(mine, theirs, metric, evaluation, kind, subgroup=name)) for metric, name in wanted
+    ]
