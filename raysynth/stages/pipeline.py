@@ -9,7 +9,7 @@ import dataclasses
 from functools import cached_property
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import Arm, arms
+from raysynth.core.config import Arm
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
@@ -120,7 +120,7 @@ class Pipeline:
         folders = {(r["arm"], r["seed"]): r["artifact"] for r in load_trials(swept).to_pylist()}
         return [
             Trial(a.name, a.seed, a.experiment, Artifact.open(self.storage, folders[a.name, a.seed]))
-            for a in arms(self.experiment)
+            for a, _ in self.arm_pipelines
         ]
 
     @property
@@ -129,7 +129,7 @@ class Pipeline:
         sets = test_sets(self.experiment, self.storage, self.images)
         return evaluate_artifact(self.experiment, self.storage, self.trials, sets)
 
-    @property
+    @cached_property
     def arm_pipelines(self) -> list[tuple[Arm, Pipeline]]:
         """Every arm of the experiment with its own pipeline; without a sweep, the experiment itself."""
         return arm_pipelines(self, self.experiment)

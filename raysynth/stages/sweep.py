@@ -79,7 +79,7 @@ def sweep(pipeline: Pipeline, experiment: Experiment) -> Artifact:
         GateFailed: trials failed; the others are done, and the table says why.
         EnvironmentFault: storage or cluster; the same command continues.
     """
-    own = arm_pipelines(pipeline, experiment)
+    own = pipeline.arm_pipelines
     make_images(own)
     trials = [t for t in named_trials(own) if t is not None]
     artifact = sweep_artifact(pipeline, experiment, trials)
@@ -100,7 +100,7 @@ def sweep(pipeline: Pipeline, experiment: Experiment) -> Artifact:
 
 
 def arm_pipelines(pipeline: Pipeline, experiment: Experiment) -> list[tuple[Arm, Pipeline]]:
-    """Every arm with the pipeline of its own experiment."""
+    """Every arm with the pipeline of its own experiment; `Pipeline.arm_pipelines` keeps them."""
     found = []
     for arm in arms(experiment):
         own = type(pipeline)(arm.experiment)
@@ -117,7 +117,7 @@ def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Trial]:
     Raises:
         EnvironmentFault: a stage before the classifiers is not complete.
     """
-    found = named_trials(arm_pipelines(pipeline, experiment))
+    found = named_trials(pipeline.arm_pipelines)
     named = [t for t in found if t is not None]
     if len(named) < len(found):
         raise EnvironmentFault(

@@ -23,7 +23,7 @@ from raysynth.core.storage import Storage
 from raysynth.data.plans import plan_rows, plan_sources, select, selection
 from raysynth.data.strata import used_labels
 from raysynth.stages.plan import selected_rows
-from raysynth.stages.sweep import arm_pipelines, named_trials, set_key
+from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
 from raysynth.synth.settle import read_settled
 
@@ -102,7 +102,7 @@ class SweepPlan:
 
 def plan_of_sweep(pipeline: Pipeline, experiment: Experiment) -> SweepPlan:
     """What `sweep` would do with what is stored now."""
-    own = arm_pipelines(pipeline, experiment)
+    own = pipeline.arm_pipelines
     if not all(p.images.complete for _, p in own):
         return SweepPlan(len(own), None, None, None, None, None)
     trials = named_trials(own)

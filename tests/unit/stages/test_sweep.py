@@ -14,7 +14,7 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.storage import open_storage
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import plan
-from raysynth.stages.sweep import _cover, arm_pipelines, find_trials, make_images, named_trials
+from raysynth.stages.sweep import _cover, find_trials, make_images, named_trials
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.stages.trial import side_by_side, trial_resources
 from tests.digits import digit_artifact
@@ -44,7 +44,7 @@ def ingested(e: Experiment) -> Pipeline:
 
 def planned(pipeline: Pipeline) -> None:
     """Stands for a trained generator, and makes the plans of all arms."""
-    for _, p in arm_pipelines(pipeline, pipeline.experiment):
+    for _, p in pipeline.arm_pipelines:
         if not p.generator.complete:
             p.generator.put("export/condition.json", p.generator.fp.encode())
             p.generator.commit({})
@@ -54,7 +54,7 @@ def planned(pipeline: Pipeline) -> None:
 
 def lists(pipeline: Pipeline) -> dict[str, Artifact]:
     """Arm -> what lists its synthetic images."""
-    own = arm_pipelines(pipeline, pipeline.experiment)
+    own = pipeline.arm_pipelines
     needing = {i: p for i, (_, p) in enumerate(own) if p.experiment.training_set.needs_synthetic}
     return {f"{own[i][0].name}, {own[i][0].seed}": a for i, a in _cover(needing).items()}
 
@@ -90,7 +90,7 @@ def test_an_arm_that_trains_on_all_it_renders_gets_exactly_that(tmp_path: Path) 
 
 def test_trials_have_names_once_their_images_are_there(tmp_path: Path) -> None:
     pipeline = ingested(experiment(tmp_path, validation_free()))
-    own = arm_pipelines(pipeline, pipeline.experiment)
+    own = pipeline.arm_pipelines
     assert [t is None for t in named_trials(own)] == [False, False, True, True]
     with pytest.raises(EnvironmentFault, match=r"2 of 4 arms wait for their images\. Run `raysynth sweep` first"):
         find_trials(pipeline, pipeline.experiment)
@@ -133,7 +133,7 @@ def test_dry_run_prices_what_is_left_at_the_pace_of_finished_classifiers(tmp_pat
 
 
 def find_or_none(pipeline: Pipeline) -> list[Artifact]:
-    return [t.classifier for t in named_trials(arm_pipelines(pipeline, pipeline.experiment)) if t is not None]
+    return [t.classifier for t in named_trials(pipeline.arm_pipelines) if t is not None]
 
 
 def test_how_many_trials_fit() -> None:
@@ -152,7 +152,7 @@ def test_how_many_trials_fit() -> None:
 def test_arms_without_synthetic_images_make_no_generator(tmp_path: Path) -> None:
     controls = ("real", "duplicate", "upper_bound", "real_real")
     pipeline = ingested(experiment(tmp_path, {s: {"training_set.strategy": s} for s in controls}))
-    own = arm_pipelines(pipeline, pipeline.experiment)
+    own = pipeline.arm_pipelines
     make_images(own)
     assert pipeline.storage.folders() == ["ingest"]
     assert all(t is not None and t.generated is None for t in named_trials(own))
