@@ -80,12 +80,17 @@ def _built(merged: Any) -> Experiment:
 
 def vary(e: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """`e` with some keys changed: dotted keys, or sections as nested mappings. Raises ConfigError."""
-    merged = _merge(OmegaConf.structured(Experiment), dataclasses.asdict(e))
+    return _varied(_merge(OmegaConf.structured(Experiment), dataclasses.asdict(e)), changes)
+
+
+def _varied(merged: Any, changes: Mapping[str, Any]) -> Experiment:
+    together: dict[str, Any] = {}
     for key, value in changes.items():
         for part in reversed(key.split(".")):
             value = {part: value}
-        merged = _merge(merged, value)
-    return _built(merged)
+        # Merging into a structured config copies all of it, which takes 20 ms; so the changes are put together first.
+        together = OmegaConf.to_container(OmegaConf.merge(together, value))  # type: ignore[assignment]
+    return _built(_merge(merged, together))
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def arms(e: Experiment) -> list[Arm]:
     s = e.sweep
     alone = dataclasses.replace(e.evaluation, primary=Primary())
     base = dataclasses.replace(e, sweep=Sweep(), evaluation=alone)
+    merged = _merge(OmegaConf.structured(Experiment), dataclasses.asdict(base))
     named = s.arms or {"" if s.factors else e.training_set.strategy: {}}
     found = []
     for name, changes in named.items():
@@ -120,7 +126,7 @@ def arms(e: Experiment) -> list[Arm]:
             settings = {**(changes or {}), **factors}
             for seed in s.seeds:
                 try:
-                    arm = vary(base, {**settings, **dict.fromkeys(s.seed_keys, seed)})
+                    arm = _varied(merged, {**settings, **dict.fromkeys(s.seed_keys, seed)})
                 except ConfigError as error:
                     where = f"sweep.arms[{name}].{error.key}" if s.arms else f"sweep.{error.key}"
                     raise ConfigError(where, error.got, error.allowed, error.remedy) from error

@@ -29,7 +29,7 @@ from raysynth.report.sheet import write_contact_sheet
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
-    from raysynth.stages.predictions import Trial
+    from raysynth.stages.train_classifier import Trial
 
 STAGE = "report"
 STAGE_VERSION = 1

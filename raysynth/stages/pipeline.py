@@ -6,6 +6,7 @@ Ray is connected when the first stage needs it, so that a run with nothing to do
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 
 from raysynth.core.artifacts import Artifact
@@ -20,9 +21,9 @@ from raysynth.stages.fidelity import fidelity, fidelity_artifact
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
-from raysynth.stages.predictions import Trial, test_sets
-from raysynth.stages.sweep import arm_pipelines, find_trials, load_trials, sweep, sweep_artifact
-from raysynth.stages.train_classifier import classifier_artifact, prepare, train_classifier
+from raysynth.stages.predictions import ingest_test_sets, test_sets
+from raysynth.stages.sweep import arm_pipelines, find_trials, sweep, sweep_artifact
+from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare, train_classifier
 from raysynth.stages.train_generator import generator_artifact, train_generator
 from raysynth.synth.sets import SyntheticSet
 
@@ -108,20 +109,16 @@ class Pipeline:
         """The sweep artifact."""
         return sweep_artifact(self, self.experiment, find_trials(self, self.experiment))
 
-    @property
-    def trials(self) -> list[Trial]:
+    @cached_property
+    def trials(self) -> Sequence[Trial]:
         """Every trained classifier of the experiment. Raises EnvironmentFault if one is missing."""
-        if not is_sweep(self.experiment):
-            t, c = self.experiment.training_set, self.experiment.classifier
-            self.classifier.digest()
-            return [Trial(t.strategy, c.seed if c else 0, self.experiment, self.classifier)]
-        swept = self.swept
-        swept.digest()
-        folders = {(r["arm"], r["seed"]): r["artifact"] for r in load_trials(swept).to_pylist()}
-        return [
-            Trial(a.name, a.seed, a.experiment, Artifact.open(self.storage, folders[a.name, a.seed]))
-            for a, _ in self.arm_pipelines
-        ]
+        e = self.experiment
+        if is_sweep(e):
+            planned = find_trials(self, e)
+            sweep_artifact(self, e, planned).digest()
+            return planned
+        self.classifier.digest()
+        return [Trial(e.training_set.strategy, e.classifier.seed if e.classifier else 0, e, self.classifier)]
 
     @property
     def evaluated(self) -> Artifact:
@@ -182,6 +179,8 @@ class Pipeline:
         e, s = self.experiment, self.storage
         if stage == "sweep":
             return sweep(self, e)
+        if stage == "evaluate" and e.evaluation.test_sets and self.resources:
+            ingest_test_sets(e, s)
         artifact = self.artifact(stage)
         if artifact.complete and stage not in QUICK and not retry_failed:
             say(f"{stage}: {artifact.path} is complete")

@@ -27,20 +27,11 @@ from raysynth.core.storage import Storage
 from raysynth.data.predictions import truth, with_probabilities
 from raysynth.metrics.thresholds import choose_thresholds
 from raysynth.stages.ingest import ingest, ingest_artifact
+from raysynth.stages.train_classifier import Trial
 from raysynth.stages.views import build_view, open_view_folder
 
 STAGE = "predictions"
 STAGE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A trained classifier of an arm."""
-
-    arm: str
-    seed: int
-    experiment: Experiment
-    classifier: Artifact
 
 
 @dataclass(frozen=True)
@@ -55,23 +46,33 @@ class TestSet:
     ids: list[str]
 
 
+def external_sets(e: Experiment) -> dict[str, Experiment]:
+    """Name -> the experiment whose `data` section is the external test set's."""
+    return {n: dataclasses.replace(test_data(e, n), name=f"{e.name}-{n}") for n in e.evaluation.test_sets}
+
+
+def ingest_test_sets(e: Experiment, storage: Storage) -> None:
+    """Ingests the external test sets that have not been. Ray must be connected."""
+    for external in external_sets(e).values():
+        if not ingest_artifact(external, storage)[0].complete:
+            ingest(external, storage)
+
+
 def test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[TestSet]:
-    """The test split of `data`, and the external sets; these are ingested where that has not been done.
+    """The test split of `data`, and every image of each external set.
 
     Raises:
         DataError: the test split has no image.
+        EnvironmentFault: an external set has not been ingested.
     """
     table = from_parquet(storage.get(images.file("table.parquet")))
     own = table.filter(pc.equal(table["split"], "test"))["image_id"].to_pylist()
     if not own:
         raise DataError("data.split.test", "no test image", "at least one", "Raise data.split.test.")
     found = [TestSet("test", images, e, own)]
-    for name in e.evaluation.test_sets:
-        external = test_data(e, name)
-        external = dataclasses.replace(external, name=f"{e.name}-{name}")
+    for name, external in external_sets(e).items():
         artifact = ingest_artifact(external, storage)[0]
-        if not artifact.complete:
-            ingest(external, storage)
+        artifact.digest()
         ids = from_parquet(storage.get(artifact.file("table.parquet")), ["image_id"])["image_id"].to_pylist()
         found.append(TestSet(name, artifact, external, ids))
     return found

@@ -26,7 +26,7 @@ from raysynth.core.identity import canonical_json
 from raysynth.core.progress import say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.stages.plan import selected_rows
-from raysynth.stages.train_classifier import classifier_artifact, prepare
+from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
@@ -38,25 +38,14 @@ TABLE = "trials.parquet"
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One arm with one seed, and the classifier it is. Arms may share a classifier."""
+class Planned(Trial):
+    """A trial whose classifier may not exist yet, and what it is to be made of."""
 
-    arm: str
-    seed: int
-    experiment: Experiment
-    """The arm's own."""
-    classifier: Artifact
-    """Its train-classifier artifact, whether or not it exists yet."""
     settings: dict[str, Any]
     """What this arm changes: key -> value."""
     images: Artifact
     generated: Artifact | None
     """The generate artifact that its synthetic images are listed in; None where it trains on none."""
-
-    @property
-    def name(self) -> str:
-        """Arm and seed, in words."""
-        return f"{self.arm}, seed {self.seed}"
 
 
 def trials_schema() -> pa.Schema:
@@ -111,7 +100,7 @@ def arm_pipelines(pipeline: Pipeline, experiment: Experiment) -> list[tuple[Arm,
     return found
 
 
-def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Trial]:
+def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Planned]:
     """The trials of a sweep whose images are made; trains and renders nothing.
 
     Raises:
@@ -126,7 +115,7 @@ def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Trial]:
     return named
 
 
-def named_trials(own: Sequence[tuple[Arm, Pipeline]]) -> list[Trial | None]:
+def named_trials(own: Sequence[tuple[Arm, Pipeline]]) -> list[Planned | None]:
     """The arms' trials, in order; None for those whose images are not made yet, which have no name before."""
     ready = {i for i, (_, p) in enumerate(own) if p.images.complete and (not _synthetic(p) or _planned(p))}
     sources = _cover({i: own[i][1] for i in ready if _synthetic(own[i][1])})
@@ -142,9 +131,9 @@ def _synthetic(p: Pipeline) -> bool:
     return p.experiment.training_set.needs_synthetic
 
 
-def _trial(arm: Arm, p: Pipeline, generated: Artifact | None) -> Trial:
+def _trial(arm: Arm, p: Pipeline, generated: Artifact | None) -> Planned:
     classifier = classifier_artifact(arm.experiment, p.storage, p.images, generated)
-    return Trial(arm.name, arm.seed, arm.experiment, classifier, arm.settings, p.images, generated)
+    return Planned(arm.name, arm.seed, arm.experiment, classifier, arm.settings, p.images, generated)
 
 
 def load_trials(artifact: Artifact) -> pa.Table:
@@ -152,7 +141,7 @@ def load_trials(artifact: Artifact) -> pa.Table:
     return from_parquet(artifact.storage.get(artifact.file(TABLE)))
 
 
-def sweep_artifact(pipeline: Pipeline, experiment: Experiment, trials: Sequence[Trial]) -> Artifact:
+def sweep_artifact(pipeline: Pipeline, experiment: Experiment, trials: Sequence[Planned]) -> Artifact:
     """The sweep's artifact: which classifier each arm and seed is."""
     inputs = {t.name: t.classifier.fp for t in trials}
     return Artifact.at(pipeline.storage, STAGE, experiment.name, STAGE_VERSION, {}, inputs)
@@ -221,7 +210,7 @@ def _covers(larger: np.ndarray, smaller: np.ndarray, subset: bool) -> bool:
     return bool(np.isin(smaller, larger, assume_unique=True).all() and (subset or len(smaller) == len(larger)))
 
 
-def _train(pipeline: Pipeline, missing: Sequence[Trial], before: int) -> dict[str, Ending]:
+def _train(pipeline: Pipeline, missing: Sequence[Planned], before: int) -> dict[str, Ending]:
     """Trains the missing classifiers. Returns path -> how it failed, for those that did."""
     from raysynth.stages.sweep_table import Row, SweepTable
     from raysynth.stages.trial import run_trials
@@ -236,7 +225,7 @@ def _train(pipeline: Pipeline, missing: Sequence[Trial], before: int) -> dict[st
     return {t.classifier.path: ending for t, ending in zip(missing, endings, strict=True) if ending.reason}
 
 
-def _row(trial: Trial, failed: Ending | None) -> dict[str, Any]:
+def _row(trial: Planned, failed: Ending | None) -> dict[str, Any]:
     row = {
         "arm": trial.arm, "seed": trial.seed, "settings": json.dumps(trial.settings),
         "artifact": trial.classifier.path, "state": "failed" if failed else "done",
@@ -253,7 +242,7 @@ def _row(trial: Trial, failed: Ending | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _refuse(failed: Mapping[str, Ending], distinct: Mapping[str, Trial], table: str) -> None:
+def _refuse(failed: Mapping[str, Ending], distinct: Mapping[str, Planned], table: str) -> None:
     words = [f"{distinct[path].name} ({ending.reason.splitlines()[0]})" for path, ending in failed.items()]
     text = f"sweep: {len(failed)} of {len(distinct)} classifiers failed: {'; '.join(words)} See {table}."
     if any(ending.environment for ending in failed.values()):

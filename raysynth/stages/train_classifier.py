@@ -76,6 +76,23 @@ class ClassifierTask:
         return self.artifact.storage
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed, and the classifier it is. Arms may share a classifier."""
+
+    arm: str
+    seed: int
+    experiment: Experiment
+    """The arm's own."""
+    classifier: Artifact
+    """Its train-classifier artifact."""
+
+    @property
+    def name(self) -> str:
+        """Arm and seed, in words."""
+        return f"{self.arm}, seed {self.seed}"
+
+
 def synthetic_rows(e: Experiment, storage: Storage, images: Artifact, generated: Artifact) -> pa.Table:
     """The plan's rows that were rendered and accepted, by rank."""
     rows = load_plan(storage, plan_artifact(e, storage, images))
