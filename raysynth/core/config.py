@@ -65,7 +65,7 @@ def build_experiment(content: dict[str, Any], overrides: Sequence[str] = ()) -> 
     experiment = _built(merged)
     arms(experiment)
     for name in experiment.evaluation.test_sets:
-        test_data(experiment, name)
+        external_data(experiment, name)
     return experiment
 
 
@@ -134,12 +134,12 @@ def arms(e: Experiment) -> list[Arm]:
     return found
 
 
-def test_data(e: Experiment, name: str) -> Experiment:
+def external_data(e: Experiment, name: str) -> Experiment:
     """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
     section = e.evaluation.test_sets[name]
     alone = dataclasses.replace(e, sweep=Sweep(), evaluation=Evaluation())
     try:
-        return vary(alone, {"data": section})
+        return vary(alone, {"data": section, "name": f"{e.name}-{name}"})
     except ConfigError as error:
         key = f"evaluation.test_sets.{name}{error.key.removeprefix('data')}"
         raise ConfigError(key, error.got, error.allowed, error.remedy) from error

@@ -30,8 +30,12 @@ from raysynth.report.words import group_words, higher_is_better, interval, is_sh
 MOST_ROWS = 30
 """Rows of a forest plot; the rest is in its table."""
 REFERENCES = {"real": "real images alone", "upper_bound": "upper bound"}
-VARIES = ("synthetic_set", "generator_id", "guidance_scale", "sampling_steps", "architecture", "init", "n_real")
-"""Columns that tell two ratio curves of one strategy apart."""
+VARIES = {
+    "n_real_generator": "generator of {:,.0f} real images", "guidance_scale": "guidance {:g}",
+    "sampling_steps": "{:g} sampling steps", "architecture": "{}", "init": "{}", "n_real": "{:,.0f} real images",
+    "generator_id": "generator {:.12}",
+}  # fmt: skip
+"""Columns that tell two ratio curves of one strategy apart, and what they are called."""
 
 
 def ratio_curve(data: ReportData) -> Drawing | None:
@@ -85,11 +89,13 @@ def _lines(data: ReportData, drawn: pd.DataFrame) -> pd.Series:
     first = data.metrics.drop_duplicates("arm").set_index("arm")[list(VARIES)].reindex(drawn["arm"])
     first = first.set_index(drawn.index)
     names = drawn["strategy"].astype(str)
-    for column in VARIES:
-        # Of what renders the images one word is enough, and arms without such images have none.
-        if first[column].nunique() > 1 and not (column == "generator_id" and first["synthetic_set"].nunique() > 1):
-            words = first[column].map(lambda v: f"{v:g}" if isinstance(v, float) else str(v))
-            names = names.where(first[column].isna(), names + f", {column.replace('_', ' ')} " + words)
+    told = False
+    for column, words in VARIES.items():
+        # A generator is named only where nothing else tells it from another; arms without synthetic images have none.
+        if first[column].nunique() > 1 and not (column == "generator_id" and told):
+            told = True
+            named = first[column].map(lambda v, words=words: ", " + words.format(v), na_action="ignore")
+            names = names + named.fillna("").astype(str)
     return names
 
 

@@ -113,10 +113,10 @@ def _confusion(pipeline: Pipeline, trials: Sequence[Trial]) -> dict[str, tuple[n
 
 def _predicted(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Any, dict[str, float]]]:
     """Arm, predictions on the primary test set and thresholds of every trial."""
-    from raysynth.stages.predictions import load_predictions, test_sets, thresholds_of
+    from raysynth.stages.predictions import load_predictions, open_test_sets, thresholds_of
 
     e = pipeline.experiment
-    sets = test_sets(e, pipeline.storage, pipeline.images)
+    sets = open_test_sets(e, pipeline.storage, pipeline.images)
     wanted = e.evaluation.primary.test_set
     return [(t.arm, load_predictions(t, sets)[wanted], thresholds_of(t, e.evaluation)) for t in trials]
 

@@ -27,13 +27,13 @@ from raysynth.metrics.samples import groups, read_sample
 from raysynth.metrics.underdiagnosis import underdiagnosis
 from raysynth.stages.predictions import (
     TestSet,
-    Trial,
     load_predictions,
+    open_test_sets,
     predict_missing,
     predictions_artifact,
-    test_sets,
     thresholds_of,
-)  # fmt: skip
+)
+from raysynth.stages.train_classifier import Trial
 
 STAGE = "evaluate"
 STAGE_VERSION = 1
@@ -54,7 +54,7 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
 
     Ray must be connected.
     """
-    sets = test_sets(e, storage, images)
+    sets = open_test_sets(e, storage, images)
     artifact = evaluate_artifact(e, storage, trials, sets)
     if artifact.complete:
         say(f"{STAGE}: {artifact.path} is complete")

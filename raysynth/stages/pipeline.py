@@ -21,7 +21,7 @@ from raysynth.stages.fidelity import fidelity, fidelity_artifact
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
-from raysynth.stages.predictions import ingest_test_sets, test_sets
+from raysynth.stages.predictions import ingest_test_sets, open_test_sets
 from raysynth.stages.sweep import arm_pipelines, find_trials, sweep, sweep_artifact
 from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare, train_classifier
 from raysynth.stages.train_generator import generator_artifact, train_generator
@@ -123,7 +123,7 @@ class Pipeline:
     @property
     def evaluated(self) -> Artifact:
         """The evaluate artifact."""
-        sets = test_sets(self.experiment, self.storage, self.images)
+        sets = open_test_sets(self.experiment, self.storage, self.images)
         return evaluate_artifact(self.experiment, self.storage, self.trials, sets)
 
     @cached_property

@@ -6,7 +6,6 @@ classifier. Beside `fidelity`, the only place that opens a test split.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.cache import local_folder
-from raysynth.core.config import test_data
+from raysynth.core.config import external_data
 from raysynth.core.errors import DataError
 from raysynth.core.evidence import Evaluation
 from raysynth.core.experiment import Experiment
@@ -48,7 +47,7 @@ class TestSet:
 
 def external_sets(e: Experiment) -> dict[str, Experiment]:
     """Name -> the experiment whose `data` section is the external test set's."""
-    return {n: dataclasses.replace(test_data(e, n), name=f"{e.name}-{n}") for n in e.evaluation.test_sets}
+    return {name: external_data(e, name) for name in e.evaluation.test_sets}
 
 
 def ingest_test_sets(e: Experiment, storage: Storage) -> None:
@@ -58,7 +57,7 @@ def ingest_test_sets(e: Experiment, storage: Storage) -> None:
             ingest(external, storage)
 
 
-def test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[TestSet]:
+def open_test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[TestSet]:
     """The test split of `data`, and every image of each external set.
 
     Raises:

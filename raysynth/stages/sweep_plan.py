@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysynth.core.config import test_data
+from raysynth.core.config import external_data
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.presets import resolve_classifier
 from raysynth.core.schemas import from_parquet, label_names
@@ -196,7 +196,7 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
 
     v = experiment.evaluation
     own = v.primary.test_set == "test"
-    p = pipeline if own else type(pipeline)(test_data(experiment, v.primary.test_set))
+    p = pipeline if own else type(pipeline)(external_data(experiment, v.primary.test_set))
     if not p.images.complete:
         return None
     table = from_parquet(p.storage.get(p.images.file("table.parquet")))

@@ -229,7 +229,7 @@ def train_classifier(task: ClassifierTask) -> Artifact:
 def trial_options(task: ClassifierTask) -> dict[str, Any]:
     """Ray resources of the process that runs a trial; a nested trainer's workers hold their own."""
     if (task.compute.classifier_workers or 1) > 1:
-        return {"num_cpus": 0.1}
+        return {"num_cpus": 0}
     return {"num_cpus": task.compute.trial_cpus} | ({"num_gpus": task.compute.trial_gpus} if task.gpu else {})
 
 

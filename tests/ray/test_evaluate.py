@@ -1,0 +1,129 @@
+"""From a training set to the page on real Ray: one classifier by two processes, an external test set, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.config import vary
+from raysynth.core.errors import EnvironmentFault
+from raysynth.core.experiment import Experiment
+from raysynth.core.schemas import from_parquet, metric_schema, predictions_schema
+from raysynth.report import write_report
+from raysynth.stages.pipeline import Pipeline, stages_of
+from raysynth.stages.predictions import load_predictions, open_test_sets
+from tests.digits import CLASSES, digit_images
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits of another hospital: one folder a class, twelve images each, and an eleventh class nobody trained on."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    images, labels = digit_images()
+    for label in CLASSES:
+        (place / label).mkdir()
+        for i in np.flatnonzero(labels == int(label))[:12]:
+            Image.fromarray(255 - images[i, ..., 0]).save(place / label / f"{i}.png")
+    return place
+
+
+@pytest.fixture(scope="module")
+def experiment(elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    place = tmp_path_factory.mktemp("evaluate")
+    return vary(Experiment(name="digits", root=str(place / "runs")), {
+        "data.kind": "digits", "data.image": {"size": 8, "channels": "grey"}, "training_set.strategy": "real",
+        "training_set.n_per_class": 20, "evaluation.bootstraps": 100, "compute.cache": str(place / "cache"),
+        "classifier": {"architecture": "resnet10t", "arguments": {"channels": [8, 8, 16, 16]}, "steps": 60, "lr": 3e-3,
+                       "batch_size": 32, "validate_every": 30, "class_weights": "balanced"},
+        "evaluation.test_sets": {"elsewhere": {"kind": "class_folders", "path": str(elsewhere)}},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(ray_session: None, experiment: Experiment) -> Pipeline:
+    """One classifier, judged on both test sets."""
+    pipeline = Pipeline(experiment)
+    for stage in stages_of(experiment):
+        pipeline.do(stage)
+    return pipeline
+
+
+def metrics(pipeline: Pipeline) -> pd.DataFrame:
+    return from_parquet(pipeline.storage.get(pipeline.evaluated.file("metrics.parquet"))).to_pandas()
+
+
+def test_stages_without_synthetic_images(experiment: Experiment) -> None:
+    assert stages_of(experiment) == ["ingest", "train-classifier", "evaluate"]
+    assert stages_of(vary(experiment, {"training_set.strategy": "mix"}))[1:4] == ["train-generator", "plan", "generate"]
+    assert stages_of(vary(experiment, {"sweep.seeds": [0, 1]})) == ["ingest", "sweep", "evaluate"]
+
+
+def test_predictions_are_stored_once_for_every_test_set(done: Pipeline) -> None:
+    sets = open_test_sets(done.experiment, done.storage, done.images)
+    found = load_predictions(done.trials[0], sets)
+    assert {name: t.num_rows for name, t in found.items()} == {"test": 450, "elsewhere": 120}
+    for table in found.values():
+        assert table.schema.names == predictions_schema(CLASSES, []).names
+        probabilities = np.stack([table[f"prob_{c}"].to_numpy() for c in CLASSES], axis=1)
+        np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
+        assert sum(table[f"true_{c}"].to_numpy().sum() for c in CLASSES) == table.num_rows
+    before = done.storage.list("predictions")
+    # Another number of resamplings judges the same predictions.
+    other = Pipeline(vary(done.experiment, {"evaluation.bootstraps": 120}))
+    other.do("evaluate")
+    assert other.evaluated.path != done.evaluated.path
+    assert done.storage.list("predictions") == before
+
+
+def test_the_metric_table(done: Pipeline) -> None:
+    table = metrics(done)
+    assert list(table.columns) == metric_schema().names
+    whole = table[(table["finding"] == "macro") & (table["subgroup"] == "")].set_index(["test_set", "metric"])["value"]
+    assert whole["test", "accuracy"] > 0.3  # chance is 0.1
+    # White digits on black are read by a classifier that never saw them only by chance.
+    assert whole["elsewhere", "accuracy"] < whole["test", "accuracy"]
+    assert set(table["n_real"]) == {200}
+    assert set(table["strategy"]) == {"real"}
+    assert set(table["gradient_steps"]) == {60}
+    assert table["threshold"].notna().any()
+
+
+def test_two_processes_train_the_same_classifier(done: Pipeline, tmp_path: Path) -> None:
+    """DDP inside a trial: same artifact, same validation metric as of one process on the global batch."""
+    changes = {"root": str(tmp_path), "compute.classifier_workers": 2, "compute.trial_cpus": 0.5}
+    two = Pipeline(vary(done.experiment, changes))
+    two.do("ingest")
+    artifact = two.do("train-classifier")
+    assert artifact.fp == done.classifier.fp
+    for row, other in zip(history(artifact), history(done.classifier), strict=True):
+        assert row["step"] == other["step"]
+        np.testing.assert_allclose([row["loss"], row["val_loss"]], [other["loss"], other["val_loss"]], rtol=2e-3)
+
+
+def history(artifact: Artifact) -> list[dict]:
+    return [json.loads(row) for row in artifact.storage.get(artifact.file("log/history.jsonl")).decode().splitlines()]
+
+
+def test_the_page_of_one_classifier(done: Pipeline) -> None:
+    report = write_report(done)
+    page = report.storage.get(report.file("index.html")).decode()
+    assert "elsewhere" in page
+    assert "450" in page
+    assert write_report(done).path == report.path
+    table = pd.read_csv(Path(report.storage.root) / report.file("metrics.csv"))
+    assert len(table) == len(metrics(done))
+
+
+def test_what_is_missing_is_said_without_starting_anything(experiment: Experiment, tmp_path: Path) -> None:
+    fresh = Pipeline(vary(experiment, {"root": str(tmp_path)}))
+    assert fresh.found()["evaluate"] is None
+    with pytest.raises(EnvironmentFault, match="Run `raysynth ingest`"):
+        fresh.artifact("train-classifier")
