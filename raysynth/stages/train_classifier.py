@@ -107,6 +107,7 @@ def chosen(e: Experiment, storage: Storage, images: Artifact, generated: Artifac
     Args:
         generated: a generate artifact that lists at least the rows that `training_set` selects.
     """
+    images.digest()  # says which stage is to be run, where it is not complete
     needs = e.training_set.needs_synthetic
     if needs and generated is None:
         raise EnvironmentFault(f"strategy {e.training_set.strategy} needs synthetic images: run `raysynth generate`.")

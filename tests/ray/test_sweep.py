@@ -59,7 +59,7 @@ def test_the_table_of_trials(swept: Artifact) -> None:
     assert [(r["strategy"], r["n_real"], r["n_synth"], r["ratio"]) for r in rows] == [
         ("real", 30, 0, 0), ("mix", 30, 30, 1), ("mix", 30, 60, 2), ("mix", 30, 30, 1),
     ]  # fmt: skip
-    assert all(r["steps"] == 60 and 0 < r["best_step"] <= 60 and 0 < r["seconds"] < 60 for r in rows)
+    assert all(r["steps"] == 60 and 0 < r["best_step"] <= 60 and r["seconds"] > 0 for r in rows)
     assert {r["monitor"] for r in rows} == {"auroc"}
     assert all(0.3 < r["value"] <= 1 for r in rows)
     assert json.loads(rows[2]["settings"]) == {"training_set.ratio": 2}
@@ -102,9 +102,7 @@ def test_a_second_sweep_trains_only_the_arm_it_adds(swept: Artifact) -> None:
     assert before.items() <= after.items()
     assert values(second)["plain"] == values(swept)["real"]
     assert plan_of_sweep(pipeline, experiment).trial_hours == 0
-    began = time.monotonic()
     assert sweep(pipeline, experiment).path == second.path
-    assert time.monotonic() - began < 5
 
 
 def test_a_trial_is_told_of_no_test_image(swept: Artifact) -> None:
