@@ -16,7 +16,7 @@ from raysynth.data.balance import cells_of, joint_table, target_counts
 from raysynth.data.plans import build_plan, plan_sources, select
 from raysynth.data.strata import interleave
 from raysynth.data.subsets import real_subset
-from tests.unit.data.test_plans import experiment
+from tests.unit.data.test_plans import experiment, keys
 from tests.unit.data.test_subsets import image_table
 
 
