@@ -94,11 +94,15 @@ def head() -> Iterator[Head]:
 
 def test_the_quickstarts_experiment_by_ray_job_submit(head: Head, tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    done = head.run(
-        RAY, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--",
-        sys.executable, "-m", "raysynth", "run", QUICKSTART, f"root={root}", *SMALL,
-    )  # fmt: skip
-    text = done.stdout + done.stderr
+    for _ in range(60):
+        done = head.run(
+            RAY, "job", "submit", "--address", head.dashboard, "--working-dir", ".", "--",
+            sys.executable, "-m", "raysynth", "run", QUICKSTART, f"root={root}", *SMALL,
+        )  # fmt: skip
+        text = done.stdout + done.stderr
+        if "No available agent" not in text:  # it starts after the dashboard does
+            break
+        time.sleep(2)
     assert done.returncode == 0, text[-3000:]
     assert "succeeded" in text
     assert "8 trials done" in text
