@@ -47,8 +47,7 @@ def ratio_curve(data: ReportData) -> Drawing | None:
         return None
     lines = {name: g.sort_values("ratio") for name, g in drawn.groupby(_lines(data, drawn), sort=False)}
     metric, ratios = metric_words(data.metric), sorted(drawn["ratio"].unique())
-    # Of several arms trained on real images alone (a factor was crossed) none is the reference.
-    references = [(w, r) for s, w in REFERENCES.items() if len(r := arms[arms["strategy"] == s]) == 1]
+    references = [(w, r) for s, w in REFERENCES.items() if len(r := _reference(data, arms[arms["strategy"] == s])) == 1]
     with canvas(300 + 14 * (len(lines) + 2)) as figure:
         axes = figure.subplots()
         for i, (words, reference) in enumerate(references):
@@ -82,6 +81,12 @@ def ratio_curve(data: ReportData) -> Drawing | None:
         f"{metric} on the test set “{data.test_set}” by the number of images added per real image. Points: means over "
         "the seeds; bars and bands: mean limits of the runs’ intervals over resampled test patients.",
     )  # fmt: skip
+
+
+def _reference(data: ReportData, arms: pd.DataFrame) -> pd.DataFrame:
+    """Of several arms trained on real images alone, the one that the primary contrast is against; else none is it."""
+    named = arms[arms["arm"] == (data.primary or {}).get("against")]
+    return named if len(arms) > 1 and len(named) else arms
 
 
 def _lines(data: ReportData, drawn: pd.DataFrame) -> pd.Series:

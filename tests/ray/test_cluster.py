@@ -75,8 +75,10 @@ def head() -> Iterator[Head]:
     environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
     found = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, [])
     found.start(
-        "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", "--num-cpus=4", "--object-store-memory=200000000", f"--temp-dir={place}",
+        "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        # The default port is any other Ray's on this machine too; without it no job can be submitted.
+        f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=4", "--object-store-memory=200000000",
+        f"--temp-dir={place}",
     )  # fmt: skip
     wait_for(port, "the head")
     wait_for(dashboard, "the dashboard")
@@ -115,7 +117,7 @@ def test_a_folder_that_another_node_does_not_see_is_refused(head: Head, tmp_path
     root = tmp_path / "runs"
     root.mkdir()
     head.start(
-        f"--address={head.address}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
+        f"--address={head.address}", "--num-cpus=1", f"--dashboard-agent-listen-port={free_port()}",
         before=f"mount -t tmpfs none {root}",
     )  # fmt: skip
     words = ["-m", "raysynth", "ingest", QUICKSTART, f"root={root}", f"compute.address={head.address}"]
