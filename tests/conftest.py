@@ -1,4 +1,4 @@
-"""Shared fixtures: one Ray a session, one S3 server a session, the shared real images."""
+"""Shared fixtures: one Ray and one S3 server a test process, the shared real images."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of Ray share one Ray, so one process; they mostly wait, while the other process runs the rest."""
+    """A file of Ray tests runs in one process, beside another that mostly waits too; each process has its own Ray."""
     for item in items:
         if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session")

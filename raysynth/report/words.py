@@ -257,7 +257,8 @@ def _control_words(data: ReportData, row: Any) -> list[str]:
         claim = f"That it does better than the control “{control}” ({words})"
         if len(found) and not is_shown(found.iloc[0], data.confidence, "p_holm"):
             size, spread = found.iloc[0]["difference"], (found.iloc[0]["ci_low"], found.iloc[0]["ci_high"])
-            said.append(f"{claim}: the difference is {number(size, sign=True)} ({interval(*spread, sign=True)}).")
+            said.append(f"{claim}: the difference is {number(size, sign=True)} ({interval(*spread, sign=True)}), "
+                        f"{p_words(found.iloc[0]['p_holm'])} after Holm’s correction.")  # fmt: skip
         elif not len(found) and control in values and row["arm"] in values:
             said.append(f"{claim}: the two were not tested as a pair; they reached {number(values[row['arm']])} and "
                         f"{number(values[control])}.")  # fmt: skip

@@ -43,7 +43,7 @@ class Head:
             command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         ))  # fmt: skip
 
-    def run(self, *command: str, timeout_s: float = 600) -> subprocess.CompletedProcess:
+    def run(self, *command: str, timeout_s: float = 840) -> subprocess.CompletedProcess:
         return subprocess.run(
             command, env=self.environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout_s,
             check=False,
