@@ -77,7 +77,7 @@ def head() -> Iterator[Head]:
     found.start(
         "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         # The default port is any other Ray's on this machine too; without it no job can be submitted.
-        f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=4", "--object-store-memory=200000000",
+        f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=200000000",
         f"--temp-dir={place}",
     )  # fmt: skip
     wait_for(port, "the head")
