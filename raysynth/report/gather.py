@@ -188,10 +188,11 @@ def _cost(made: Sequence[tuple[str, Artifact]], price: float | None) -> pd.DataF
         seconds = run.get("train_seconds") or run.get("render_seconds") or run["seconds"]
         images = {"ingest": counts.get("images"), "generate": counts.get("ok")}.get(stage)
         if stage == "generate":
-            # Selections of one set share its rendering: the largest comes first, and is the cost of all.
-            if run["synthetic_set"] in sets:
+            # Smaller selections of a plan are listed by the largest, which alone is complete in a sweep.
+            key = (run["synthetic_set"], run["inputs"]["plan"])
+            if key in sets:
                 continue
-            sets.add(run["synthetic_set"])
+            sets.add(key)
         empty = {"stage": stage, "arm": arm, "seconds": 0.0, "images": 0, "gpu_seconds": 0.0}
         row = rows.setdefault((stage, arm), empty)
         row["seconds"] += seconds
