@@ -1,0 +1,117 @@
+"""Arms of a sweep, external test sets, and what is refused in the sections that ask whether the images help."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from raysynth.core.config import arms, build_experiment, external_data, load_experiment, vary
+from raysynth.core.errors import ConfigError
+from raysynth.core.experiment import Experiment
+from raysynth.core.presets import resolve_classifier
+
+
+def experiment(**sections: Any) -> Experiment:
+    content = {"name": "lungs", "data": {"kind": "digits"}, "training_set": {"n_per_class": 10}, "classifier": {}}
+    return build_experiment({**content, **sections})
+
+
+def test_arms_factors_and_seeds_are_crossed() -> None:
+    sweep = {
+        "arms": {"real": {"training_set.strategy": "real"}, "mix x3": {"training_set": {"ratio": 3}}},
+        "factors": {"sampling.guidance_scale": [1, 2]}, "seeds": [4, 5],
+        "seed_keys": ["classifier.seed", "training_set.seed"],
+    }  # fmt: skip
+    found = arms(experiment(sweep=sweep))
+    assert len(found) == len({(a.name, a.seed) for a in found}) == 8
+    assert [a.name for a in found[::2]] == [
+        "real, guidance_scale 1", "real, guidance_scale 2", "mix x3, guidance_scale 1", "mix x3, guidance_scale 2",
+    ]  # fmt: skip
+    last = found[-1]
+    assert last.settings == {"training_set": {"ratio": 3}, "sampling.guidance_scale": 2}
+    e = last.experiment
+    assert (e.training_set.ratio, e.sampling.guidance_scale, e.training_set.seed) == (3, 2, 5)
+    assert e.classifier is not None
+    assert e.classifier.seed == 5
+    assert e.training_set.n_per_class == 10, "what an arm does not name stays"
+    assert not e.sweep.arms, "an arm has no arms"
+
+
+def test_an_experiment_without_a_sweep_is_one_arm() -> None:
+    assert [(a.name, a.seed, a.settings) for a in arms(experiment())] == [("mix", 0, {})]
+
+
+@pytest.mark.parametrize(("changes", "text"), [
+    ({"training_set.strategi": "real"}, r"sweep.arms\[x\].training_set.strategi: .*Did you mean training_set.strategy"),
+    ({"training_set.ratio": -1}, r"sweep.arms\[x\].training_set.ratio: got -1.0, must be > 0.*strategy: real"),
+    ({"training_set.ratio": 99}, r"at most the ratio that is rendered \(10\).*plan.replicas=99"),
+    ({"evaluation.seed": 3}, "Arms differ in what is made and trained, not judged"),
+    ("real", "a mapping of keys to values"),
+])  # fmt: skip
+def test_a_wrong_arm_is_named(changes: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        experiment(sweep={"arms": {"x": changes}})
+
+
+@pytest.mark.parametrize(("sections", "text"), [
+    ({"sweep": {"factors": {"sampling.steps": 5}}}, "sweep.factors.sampling.steps: .*a list of values"),
+    ({"sweep": {"seeds": [1, 1]}}, "sweep.seeds"),
+    ({"sweep": {"arms": {"a": {}}}, "classifier": None}, "classifier: got None.*Add `classifier: {}`"),
+    ({"sweep": {"arms": {"a": {}, "b": {}}}, "evaluation": {"primary": {"arm": "a", "against": "c"}}},
+     "evaluation.primary.against: got 'c', must be an arm"),
+    ({"evaluation": {"primary": {"test_set": "mars"}}}, "evaluation.primary.test_set.*one of test"),
+    ({"evaluation": {"test_sets": {"val": {}}}}, "another name"),
+    ({"evaluation": {"test_sets": {"mars": {"kind": "cvs"}}}}, "evaluation.test_sets.mars.kind.*Did you mean csv"),
+    ({"evaluation": {"bootstraps": 10}}, "evaluation.bootstraps"),
+    ({"evaluation": {"fidelity": {"extractor": "vgg"}}}, "pixels, inception, timm:NAME"),
+    ({"classifier": {"mixup": 0.2, "batch_size": 9}}, "even with mixup"),
+    ({"classifier": {"lr": 0}}, "classifier.lr: got 0.0, must be > 0"),
+    ({"classifier": {"batch_size": 9}, "compute": {"classifier_workers": 2}}, "divisible by compute.classif"),
+    ({"classifier": {"architectur": "x"}}, "Did you mean classifier.architecture"),
+    ({"training_set": {"ratio": 1, "n_synth": 5}}, "at most one of ratio, n_synth, quota"),
+    ({"training_set": {"strategy": "real", "real_fraction": 0.5}}, "null unless the strategy mixes"),
+    ({"training_set": {"strategy": "pretrain"}, "classifier": {"steps": 1}}, "pretrain.step_share"),
+])  # fmt: skip
+def test_what_is_refused(sections: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        experiment(**sections)
+
+
+def test_an_external_test_set_is_laid_over_the_data() -> None:
+    e = experiment(evaluation={"test_sets": {"mars": {"kind": "class_folders", "path": "/mars"}}})
+    mars = external_data(e, "mars")
+    assert (mars.name, mars.data.kind, mars.data.path) == ("lungs-mars", "class_folders", "/mars")
+    assert mars.data.image == e.data.image
+
+
+def test_vary_changes_only_what_is_said() -> None:
+    e = experiment()
+    other = vary(e, {"classifier.head": [512], "data.labels.policy": {"edema": "ones"}})
+    assert other.classifier is not None
+    assert other.classifier.head == [512]
+    assert other.data.labels.policy == {"edema": "ones"}
+    assert vary(other, {"classifier.head": [], "data.labels.policy": {"edema": "ignore"}}).plan == e.plan
+
+
+def test_nulls_of_the_classifier_follow_the_images() -> None:
+    e = experiment(classifier={"steps": 55}, data={"kind": "digits", "image": {"size": 8}})
+    assert e.classifier is not None
+    found = resolve_classifier(e.classifier, e.data.image)
+    assert (found.size, found.validate_every) == (8, 5)
+
+
+def test_the_quickstart_is_what_its_page_promises() -> None:
+    from pathlib import Path
+
+    import raysynth
+
+    e = load_experiment(str(Path(raysynth.__file__).parent / "quickstart.yaml"))
+    found = arms(e)
+    assert {a.seed for a in found} == {0, 1, 2}
+    strategies = {a.experiment.training_set.strategy for a in found}
+    assert {"real", "duplicate", "mix", "pretrain", "upper_bound"} == strategies
+    ratios = {a.experiment.training_set.ratio for a in found if a.experiment.training_set.strategy == "mix"}
+    assert ratios == {1, 3, 10}
+    assert {a.experiment.generator.train_on for a in found} == {"donor", "classifier_subset"}
+    assert e.training_set.n_per_class == 10
