@@ -62,8 +62,9 @@ def open_test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[Te
 
     Raises:
         DataError: the test split has no image.
-        EnvironmentFault: an external set has not been ingested.
+        EnvironmentFault: the images, or an external set's, have not been ingested.
     """
+    images.digest()
     table = from_parquet(storage.get(images.file("table.parquet")))
     own = table.filter(pc.equal(table["split"], "test"))["image_id"].to_pylist()
     if not own:
