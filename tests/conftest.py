@@ -31,17 +31,6 @@ os.environ.pop("RAY_ADDRESS", None)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file of Ray tests runs in one process, beside another that mostly waits too; each process has its own Ray.
-
-    First, because pytest-xdist reads the groups in the same hook.
-    """
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real images beside the project; tests that need it are skipped elsewhere."""
