@@ -25,7 +25,7 @@ def refused(content: dict[str, Any], *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ({"genrator": {}}, "genrator: got {}, must be one of compute, data, generator,"),
+        ({"genrator": {}}, "genrator: got {}, must be one of classifier, compute, data, evaluation, generator,"),
         ({"genrator": {}}, "Did you mean generator?"),
         ({"generator": {"step": 5}}, "generator.step: got 5, must be one of attention_resolutions,"),
         ({"generator": {"step": 5}}, "Did you mean generator.steps?"),

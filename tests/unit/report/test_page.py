@@ -274,8 +274,10 @@ def test_ratio_curves_are_told_apart_by_what_differs(data: ReportData) -> None:
     strong = data.metrics["arm"] == "mix x10"
     crossed = changed(data, metrics=data.metrics.assign(guidance_scale=np.where(strong, 4.0, 1.0)))
     words = figures.ratio_curve(crossed).alt  # type: ignore[union-attr]
-    assert re.search(r"mix, guidance scale 1: 0\.\d+ at 1, 0\.\d+ at 3;", words)
-    assert re.search(r"mix, guidance scale 4: 0\.\d+ at 10", words)
+    assert re.search(r"mix, guidance 1: 0\.\d+ at 1, 0\.\d+ at 3;", words)
+    assert re.search(r"mix, guidance 4: 0\.\d+ at 10", words)
+    saw = changed(data, metrics=data.metrics.assign(n_real_generator=np.where(strong, 100.0, 978.0)))
+    assert "mix, generator of 100 real images: " in figures.ratio_curve(saw).alt  # type: ignore[union-attr]
 
 
 def test_the_forest_fills_what_differs_after_correction(data: ReportData) -> None:
