@@ -12,20 +12,15 @@ import math
 import re
 from typing import Any
 
-from raysynth.core.errors import ConfigError
+from raysynth.core.errors import require
 from raysynth.core.evidence_checks import check_evidence
 from raysynth.core.experiment import Experiment, Generator
 from raysynth.core.presets import resolve_generator
 
 
-def _require(ok: bool, key: str, got: Any, allowed: str, remedy: str = "") -> None:
-    if not ok:
-        raise ConfigError(key, got, allowed, remedy)
-
-
 def check(e: Experiment) -> None:
     """Everything that can be known to be wrong before any data is read. Raises ConfigError."""
-    _require(
+    require(
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", e.name) is not None, "name", e.name,
         "letters, digits, dash, underscore", "It names folders.",
     )  # fmt: skip
@@ -40,7 +35,7 @@ def check(e: Experiment) -> None:
 def _check_finite(value: Any, key: str) -> None:
     """No number anywhere is .nan or .inf: comparisons let them through."""
     if isinstance(value, float):
-        _require(math.isfinite(value), key, value, "a finite number")
+        require(math.isfinite(value), key, value, "a finite number")
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             _check_finite(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
@@ -51,107 +46,107 @@ def _check_finite(value: Any, key: str) -> None:
 
 def _check_seed(key: str, seed: int) -> None:
     # What numpy's and torch's generators both take.
-    _require(0 <= seed < 2**63, key, seed, "0 to 2^63 - 1")
+    require(0 <= seed < 2**63, key, seed, "0 to 2^63 - 1")
 
 
 def _check_data(e: Experiment) -> None:
     d = e.data
-    _require(d.kind == "digits" or bool(d.path), "data.path", d.path, "set", "Where are the real images?")
+    require(d.kind == "digits" or bool(d.path), "data.path", d.path, "set", "Where are the real images?")
     if d.kind in ("csv", "parquet"):
         c = d.columns
-        _require(
+        require(
             bool(c.label) != bool(c.findings), "data.columns", {"label": c.label, "findings": c.findings},
             "either `label` or `findings`",
             "label: one column of class names; findings: one column a finding.",
         )  # fmt: skip
-        _require(
+        require(
             not (c.findings and d.labels.kind == "single"), "data.labels.kind", "single",
             "multi where data.columns.findings is used",
         )  # fmt: skip
-        _require(
+        require(
             d.split.patients != "column" or c.patient is not None, "data.split.patients", "column",
             "hash or none without data.columns.patient", "Map data.columns.patient.",
         )  # fmt: skip
     for name in d.columns.attributes:
-        _require(
+        require(
             re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None and name not in ("label", "age_bin"),
             f"data.columns.attributes.{name}", name, "a lower-case word other than label and age_bin",
         )  # fmt: skip
     classes = d.labels.classes
-    _require(len(set(classes)) == len(classes), "data.labels.classes", classes, "unique")
+    require(len(set(classes)) == len(classes), "data.labels.classes", classes, "unique")
     # OmegaConf 2.4 refuses every value of a dict[str, Literal], so the values are checked here.
     for name, policy in d.labels.policy.items():
-        _require(
+        require(
             policy in ("ignore", "zeros", "ones"), f"data.labels.policy.{name}", policy,
             "one of ignore, zeros, ones",
         )  # fmt: skip
-        _require(
+        require(
             not classes or name in classes, f"data.labels.policy.{name}", name,
             f"one of data.labels.classes ({', '.join(classes)})",
         )  # fmt: skip
     s = d.split
     for key, share in (("val", s.val), ("test", s.test)):
-        _require(0 <= share < 1, f"data.split.{key}", share, "a fraction in [0, 1)")
+        require(0 <= share < 1, f"data.split.{key}", share, "a fraction in [0, 1)")
     _check_seed("data.split.seed", s.seed)
     both = s.val + s.test
-    _require(both < 1, "data.split", both, "val + test < 1", "Nothing is left to train on.")
-    _require(0 <= s.hash_distance <= 10, "data.split.hash_distance", s.hash_distance, "0 to 10 bits of 64")
-    _require(4 <= d.image.size <= 4096, "data.image.size", d.image.size, "4 to 4096 pixels")
-    _require(d.age_bins == sorted(set(d.age_bins)), "data.age_bins", d.age_bins, "increasing years")
+    require(both < 1, "data.split", both, "val + test < 1", "Nothing is left to train on.")
+    require(0 <= s.hash_distance <= 10, "data.split.hash_distance", s.hash_distance, "0 to 10 bits of 64")
+    require(4 <= d.image.size <= 4096, "data.image.size", d.image.size, "4 to 4096 pixels")
+    require(d.age_bins == sorted(set(d.age_bins)), "data.age_bins", d.age_bins, "increasing years")
     t = e.training_set
-    _require(
+    require(
         t.n_per_class is None or t.fraction is None, "training_set.fraction", t.fraction,
         "null together with n_per_class",
     )  # fmt: skip
-    _require(t.n_per_class is None or t.n_per_class >= 1, "training_set.n_per_class", t.n_per_class, ">= 1")
-    _require(t.fraction is None or 0 < t.fraction <= 1, "training_set.fraction", t.fraction, "in (0, 1]")
+    require(t.n_per_class is None or t.n_per_class >= 1, "training_set.n_per_class", t.n_per_class, ">= 1")
+    require(t.fraction is None or 0 < t.fraction <= 1, "training_set.fraction", t.fraction, "in (0, 1]")
     _check_seed("training_set.seed", t.seed)
 
 
 def _check_generator(e: Experiment) -> None:
     g = resolve_generator(e.generator, e.data.image)
     size, multipliers = g.size or 0, g.channel_multipliers or []
-    _require(bool(multipliers), "generator.channel_multipliers", multipliers, "at least one level")
-    _require(min(multipliers) >= 1, "generator.channel_multipliers", multipliers, ">= 1 each")
+    require(bool(multipliers), "generator.channel_multipliers", multipliers, "at least one level")
+    require(min(multipliers) >= 1, "generator.channel_multipliers", multipliers, ">= 1 each")
     for key, least in (("size", 1), ("res_blocks", 1), ("heads", 1), ("base_channels", 8)):
-        _require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
+        require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
     _check_numbers(g)
     shrink = 2 ** (len(multipliers) - 1)
-    _require(
+    require(
         size % shrink == 0, "generator.size", size, f"a multiple of {shrink} for {len(multipliers)} levels",
         f"Use {max(1, round(size / shrink)) * shrink}, or fewer generator.channel_multipliers.",
     )  # fmt: skip
     sides = [size // 2**i for i in range(len(multipliers))]
     for side in g.attention_resolutions or []:
         # A preset's list serves several sizes; only a typed one must fit.
-        _require(
+        require(
             e.generator.attention_resolutions is None or side in sides,
             "generator.attention_resolutions", side, f"among the feature-map sides {sides}",
         )  # fmt: skip
     channels = g.base_channels or 0
-    _require(channels % 8 == 0, "generator.base_channels", channels, "a multiple of 8 (group norm)")
+    require(channels % 8 == 0, "generator.base_channels", channels, "a multiple of 8 (group norm)")
     heads = g.heads or 1
-    _require(
+    require(
         all(channels * m % heads == 0 for m in multipliers), "generator.heads", heads,
         "a divisor of every level's channels",
     )  # fmt: skip
-    _require(
+    require(
         not (g.prediction == "epsilon" and g.zero_terminal_snr), "generator.prediction", "epsilon",
         "v where generator.zero_terminal_snr is true",
         "At pure noise epsilon says nothing of the image: use prediction: v, or zero_terminal_snr: false.",
     )  # fmt: skip
     allowed = {"label", "age_bin", *e.data.columns.attributes, *(["site"] if e.data.columns.site else [])}
     for i, name in enumerate(g.conditions):
-        _require(
+        require(
             name in allowed, f"generator.conditions[{i}]", name, f"one of {', '.join(sorted(allowed))}",
             "Map the attribute under data.columns.attributes.",
         )  # fmt: skip
-    _require(
+    require(
         not (g.flip and e.data.image.preset == "chest"), "generator.flip", True, "false for chest films",
         "A mirrored chest film shows situs inversus.",
     )  # fmt: skip
     t = e.training_set
-    _require(
+    require(
         g.train_on != "donor" or t.n_per_class is not None or (t.fraction or 1) < 1,
         "generator.train_on", "donor", "train or classifier_subset where the classifier has all of train",
         "Set training_set.n_per_class or training_set.fraction to leave patients for the generator.",
@@ -161,50 +156,50 @@ def _check_generator(e: Experiment) -> None:
 def _check_numbers(g: Generator) -> None:
     """Values that train nothing, or that torch would refuse much later."""
     for key, least in (("timesteps", 2), ("batch_size", 1), ("steps", 1), ("warmup_steps", 0), ("weight_decay", 0)):
-        _require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
+        require(getattr(g, key) >= least, f"generator.{key}", getattr(g, key), f">= {least}")
     for key in ("lr", "grad_clip", "min_snr_gamma"):
         value = getattr(g, key)
-        _require(value is None or value > 0, f"generator.{key}", value, "> 0")
+        require(value is None or value > 0, f"generator.{key}", value, "> 0")
     for key in ("ema_decay", "condition_dropout", "dropout"):
-        _require(0 <= getattr(g, key) < 1, f"generator.{key}", getattr(g, key), "in [0, 1)")
+        require(0 <= getattr(g, key) < 1, f"generator.{key}", getattr(g, key), "in [0, 1)")
     _check_seed("generator.seed", g.seed)
 
 
 def _check_plan(e: Experiment) -> None:
     p, s = e.plan, e.sampling
     typed = [k for k in ("ratio", "n_synth") if getattr(p, k) is not None] + (["quota"] if p.quota else [])
-    _require(len(typed) <= 1, "plan", typed, "at most one of ratio, n_synth, quota")
-    _require(p.replicas >= 1, "plan.replicas", p.replicas, ">= 1")
-    _require(
+    require(len(typed) <= 1, "plan", typed, "at most one of ratio, n_synth, quota")
+    require(p.replicas >= 1, "plan.replicas", p.replicas, ">= 1")
+    require(
         p.kind == "balanced" or p.ratio is None or p.ratio <= p.replicas, "plan.ratio", p.ratio,
         f"at most plan.replicas ({p.replicas})", f"Set plan.replicas={math.ceil(p.ratio or 0)}.",
     )  # fmt: skip
     _check_seed("plan.seed", p.seed)
     for name, most in p.quota.items():
-        _require(most >= 0, f"plan.quota.{name}", most, ">= 0")
-    _require(
+        require(most >= 0, f"plan.quota.{name}", most, ">= 0")
+    require(
         p.ratio is None or p.ratio >= 0, "plan.ratio", p.ratio, ">= 0", "Leave it out to render every row."
     )
-    _require(p.n_synth is None or p.n_synth >= 0, "plan.n_synth", p.n_synth, ">= 0")
+    require(p.n_synth is None or p.n_synth >= 0, "plan.n_synth", p.n_synth, ">= 0")
     if p.kind == "balanced":
-        _require(p.n is not None and p.n >= 1, "plan.n", p.n, ">= 1 for a balanced plan")
-        _require(bool(p.over), "plan.over", p.over, "at least one column to balance")
+        require(p.n is not None and p.n >= 1, "plan.n", p.n, ">= 1 for a balanced plan")
+        require(bool(p.over), "plan.over", p.over, "at least one column to balance")
     else:
-        _require(not p.targets, "plan.targets", p.targets, "empty for kind: replicate", "Use kind: balanced.")
-    _require(
+        require(not p.targets, "plan.targets", p.targets, "empty for kind: replicate", "Use kind: balanced.")
+    require(
         s.guidance_scale >= 1, "sampling.guidance_scale", s.guidance_scale, ">= 1",
         "CFG 0 in Mediffusion and w = 0 in Ho & Salimans are 1 here: guidance_scale 1 is the conditional "
         "model alone.",
     )  # fmt: skip
-    _require(
+    require(
         s.guidance_scale == 1 or e.generator.condition_dropout > 0,
         "sampling.guidance_scale", s.guidance_scale, "1 with generator.condition_dropout 0",
         "The generator never learned the unconditional model.",
     )  # fmt: skip
-    _require(0 <= s.guidance_rescale <= 1, "sampling.guidance_rescale", s.guidance_rescale, "in [0, 1]")
-    _require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
-    _require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
-    _require(
+    require(0 <= s.guidance_rescale <= 1, "sampling.guidance_rescale", s.guidance_rescale, "in [0, 1]")
+    require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
+    require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
+    require(
         1 <= s.steps <= e.generator.timesteps, "sampling.steps", s.steps,
         f"1 to generator.timesteps ({e.generator.timesteps})",
     )  # fmt: skip
@@ -217,12 +212,12 @@ def _check_compute(e: Experiment) -> None:
         "checkpoint_every", "sample_every", "train_accumulation",
     ):  # fmt: skip
         value = getattr(c, key)
-        _require(value is None or value >= 1, f"compute.{key}", value, ">= 1")
-    _require(c.shard_seconds > 0, "compute.shard_seconds", c.shard_seconds, "> 0")
+        require(value is None or value >= 1, f"compute.{key}", value, ">= 1")
+    require(c.shard_seconds > 0, "compute.shard_seconds", c.shard_seconds, "> 0")
     lost = c.max_failed_fraction
-    _require(0 <= lost <= 1, "compute.max_failed_fraction", lost, "in [0, 1]")
+    require(0 <= lost <= 1, "compute.max_failed_fraction", lost, "in [0, 1]")
     pieces = max(1, c.train_workers or 1) * c.train_accumulation
-    _require(
+    require(
         g.batch_size % pieces == 0, "generator.batch_size", g.batch_size,
         f"divisible by train_workers x train_accumulation ({pieces})",
         "The global batch is science: change the workers or the batch knowingly.",

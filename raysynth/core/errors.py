@@ -26,6 +26,12 @@ class ConfigError(RaysynthError):
         return type(self), (self.key, self.got, self.allowed, self.remedy)
 
 
+def require(ok: bool, key: str, got: object, allowed: str, remedy: str = "") -> None:
+    """Raises ConfigError unless `ok`."""
+    if not ok:
+        raise ConfigError(key, got, allowed, remedy)
+
+
 class DataError(ConfigError):
     """The user's data cannot be used as the experiment describes it (same four parts as `ConfigError`)."""
 

@@ -6,15 +6,9 @@ As `core.checks`, which calls this: input is an `Experiment`, output nothing or 
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from raysynth.core.errors import ConfigError
+from raysynth.core.errors import require
 from raysynth.core.experiment import Experiment
-
-
-def _require(ok: bool, key: str, got: Any, allowed: str, remedy: str = "") -> None:
-    if not ok:
-        raise ConfigError(key, got, allowed, remedy)
 
 
 def check_evidence(e: Experiment) -> None:
@@ -29,30 +23,30 @@ def check_evidence(e: Experiment) -> None:
 def _check_training_set(e: Experiment) -> None:
     t, p = e.training_set, e.plan
     typed = [k for k in ("ratio", "n_synth") if getattr(t, k) is not None] + (["quota"] if t.quota else [])
-    _require(len(typed) <= 1, "training_set", typed, "at most one of ratio, n_synth, quota")
-    _require(
+    require(len(typed) <= 1, "training_set", typed, "at most one of ratio, n_synth, quota")
+    require(
         t.ratio is None or t.ratio > 0, "training_set.ratio", t.ratio, "> 0",
         "Use strategy: real for no synthetic images.",
     )  # fmt: skip
     duplicates = t.strategy == "duplicate"
-    _require(
+    require(
         duplicates or p.kind == "balanced" or t.ratio is None or t.ratio <= (p.ratio or p.replicas),
         "training_set.ratio", t.ratio, f"at most the ratio that is rendered ({p.ratio or p.replicas:g})",
         f"Set plan.replicas={math.ceil(t.ratio or 0)} and leave plan.ratio out.",
     )  # fmt: skip
-    _require(t.n_synth is None or t.n_synth > 0, "training_set.n_synth", t.n_synth, "> 0")
+    require(t.n_synth is None or t.n_synth > 0, "training_set.n_synth", t.n_synth, "> 0")
     for name, most in t.quota.items():
-        _require(most >= 0, f"training_set.quota.{name}", most, ">= 0")
+        require(most >= 0, f"training_set.quota.{name}", most, ">= 0")
     if t.real_fraction is not None:
-        _require(0 < t.real_fraction < 1, "training_set.real_fraction", t.real_fraction, "between 0 and 1")
-        _require(
+        require(0 < t.real_fraction < 1, "training_set.real_fraction", t.real_fraction, "between 0 and 1")
+        require(
             t.strategy in ("mix", "permuted"), "training_set.real_fraction", t.real_fraction,
             "null unless the strategy mixes real and synthetic images", f"strategy is {t.strategy}.",
         )  # fmt: skip
     share = t.pretrain.step_share
-    _require(0 < share < 1, "training_set.pretrain.step_share", share, "between 0 and 1")
+    require(0 < share < 1, "training_set.pretrain.step_share", share, "between 0 and 1")
     lr = t.pretrain.lr
-    _require(lr is None or lr > 0, "training_set.pretrain.lr", lr, "> 0")
+    require(lr is None or lr > 0, "training_set.pretrain.lr", lr, "> 0")
 
 
 def _check_classifier(e: Experiment) -> None:
@@ -62,36 +56,36 @@ def _check_classifier(e: Experiment) -> None:
         ("steps", 1), ("batch_size", 2), ("warmup_steps", 0), ("weight_decay", 0), ("momentum", 0), ("mixup", 0),
         ("cutmix", 0), ("label_smoothing", 0), ("dropout", 0), ("drop_path", 0), ("mix_probability", 0), ("seed", 0),
     ):  # fmt: skip
-        _require(getattr(c, key) >= least, f"classifier.{key}", getattr(c, key), f">= {least}")
+        require(getattr(c, key) >= least, f"classifier.{key}", getattr(c, key), f">= {least}")
     for key in ("lr", "grad_clip"):
-        _require(getattr(c, key) > 0, f"classifier.{key}", getattr(c, key), "> 0")
+        require(getattr(c, key) > 0, f"classifier.{key}", getattr(c, key), "> 0")
     for key in ("label_smoothing", "dropout", "drop_path"):
-        _require(getattr(c, key) < 1, f"classifier.{key}", getattr(c, key), "in [0, 1)")
-    _require(c.mix_probability <= 1, "classifier.mix_probability", c.mix_probability, "in [0, 1]")
-    _require(
+        require(getattr(c, key) < 1, f"classifier.{key}", getattr(c, key), "in [0, 1)")
+    require(c.mix_probability <= 1, "classifier.mix_probability", c.mix_probability, "in [0, 1]")
+    require(
         c.ema_decay is None or 0 <= c.ema_decay < 1, "classifier.ema_decay", c.ema_decay, "in [0, 1), or null"
     )
     for key in ("size", "validate_every", "early_stopping"):
         value = getattr(c, key)
-        _require(value is None or value >= 1, f"classifier.{key}", value, ">= 1")
+        require(value is None or value >= 1, f"classifier.{key}", value, ">= 1")
     for width in c.head:
-        _require(width >= 1, "classifier.head", c.head, "widths >= 1")
-    _require(
+        require(width >= 1, "classifier.head", c.head, "widths >= 1")
+    require(
         not (c.mixup or c.cutmix) or c.batch_size % 2 == 0, "classifier.batch_size", c.batch_size,
         "even with mixup or cutmix", "Images are mixed in pairs.",
     )  # fmt: skip
     workers = e.compute.classifier_workers or 1
     pair = 2 if c.mixup or c.cutmix else 1
-    _require(
+    require(
         c.batch_size % (workers * pair) == 0, "classifier.batch_size", c.batch_size,
         f"divisible by compute.classifier_workers ({workers})" + (" x 2" if pair == 2 else ""),
     )  # fmt: skip
     for key in ("trial_cpus", "trial_gpus"):
-        _require(getattr(e.compute, key) > 0, f"compute.{key}", getattr(e.compute, key), "> 0")
-    _require(workers >= 1, "compute.classifier_workers", workers, ">= 1")
+        require(getattr(e.compute, key) > 0, f"compute.{key}", getattr(e.compute, key), "> 0")
+    require(workers >= 1, "compute.classifier_workers", workers, ">= 1")
     if e.training_set.stages == 2:
         first = round(e.training_set.pretrain.step_share * c.steps)
-        _require(
+        require(
             0 < first < c.steps, "training_set.pretrain.step_share", e.training_set.pretrain.step_share,
             f"a share that leaves each stage a step of classifier.steps ({c.steps})",
         )  # fmt: skip
@@ -99,28 +93,28 @@ def _check_classifier(e: Experiment) -> None:
 
 def _check_evaluation(e: Experiment) -> None:
     v = e.evaluation
-    _require(v.min_positives >= 1, "evaluation.min_positives", v.min_positives, ">= 1")
-    _require(v.bootstraps >= 100, "evaluation.bootstraps", v.bootstraps, ">= 100")
-    _require(0.5 <= v.confidence < 1, "evaluation.confidence", v.confidence, "in [0.5, 1)")
-    _require(v.seed >= 0, "evaluation.seed", v.seed, ">= 0")
+    require(v.min_positives >= 1, "evaluation.min_positives", v.min_positives, ">= 1")
+    require(v.bootstraps >= 100, "evaluation.bootstraps", v.bootstraps, ">= 100")
+    require(0.5 <= v.confidence < 1, "evaluation.confidence", v.confidence, "in [0.5, 1)")
+    require(v.seed >= 0, "evaluation.seed", v.seed, ">= 0")
     classes = e.data.labels.classes
     for name in v.findings:
-        _require(
+        require(
             not classes or name in classes, "evaluation.findings", name,
             f"one of data.labels.classes ({', '.join(classes)})",
         )  # fmt: skip
     for name, section in v.test_sets.items():
         key = f"evaluation.test_sets.{name}"
-        _require(name not in ("test", "val", "train"), key, name, "another name", "It names the split of `data`.")
-        _require(isinstance(section, dict), key, section, "a section of keys like `data`")
+        require(name not in ("test", "val", "train"), key, name, "another name", "It names the split of `data`.")
+        require(isinstance(section, dict), key, section, "a section of keys like `data`")
     known = ("test", *v.test_sets)
-    _require(
+    require(
         v.primary.test_set in known, "evaluation.primary.test_set", v.primary.test_set, f"one of {', '.join(known)}"
     )
     n = v.fidelity.images
-    _require(n is None or n >= 2, "evaluation.fidelity.images", n, ">= 2")
+    require(n is None or n >= 2, "evaluation.fidelity.images", n, ">= 2")
     kind = v.fidelity.extractor
-    _require(
+    require(
         kind in ("pixels", "inception", "none") or kind.startswith("timm:"), "evaluation.fidelity.extractor", kind,
         "pixels, inception, timm:NAME, timm:NAME@WEIGHTS_FILE, or none",
     )  # fmt: skip
@@ -128,31 +122,31 @@ def _check_evaluation(e: Experiment) -> None:
 
 def _check_sweep(e: Experiment) -> None:
     s = e.sweep
-    _require(bool(s.seeds), "sweep.seeds", s.seeds, "at least one seed")
-    _require(len(set(s.seeds)) == len(s.seeds), "sweep.seeds", s.seeds, "different seeds")
+    require(bool(s.seeds), "sweep.seeds", s.seeds, "at least one seed")
+    require(len(set(s.seeds)) == len(s.seeds), "sweep.seeds", s.seeds, "different seeds")
     for name, changes in s.arms.items():
-        _require(
+        require(
             changes is None or isinstance(changes, dict), f"sweep.arms[{name}]", changes, "a mapping of keys to values",
             f"Example: {name}: {{training_set.ratio: 3}}",
         )  # fmt: skip
         for key in changes or {}:
-            _require(
+            require(
                 not key.startswith(("sweep", "evaluation", "compute", "root", "name")), f"sweep.arms[{name}].{key}",
                 changes[key], "a key that an arm may change", "Arms differ in what is made and trained, not judged.",
             )  # fmt: skip
     for key, values in s.factors.items():
-        _require(
+        require(
             isinstance(values, list) and bool(values), f"sweep.factors.{key}", values, "a list of values",
             f"Write [{values}].",
         )  # fmt: skip
     if (s.arms or s.factors) and e.classifier is None:
-        _require(False, "classifier", None, "a section where there is a sweep", "Add `classifier: {}` for defaults.")
+        require(False, "classifier", None, "a section where there is a sweep", "Add `classifier: {}` for defaults.")
     p = e.evaluation.primary
     if p.arm or p.against:
         for key, arm in (("arm", p.arm), ("against", p.against)):
             # With factors the names are longer; they are checked when the arms are known.
             known = ", ".join(s.arms)
-            _require(
+            require(
                 bool(arm) and (bool(s.factors) or arm in s.arms), f"evaluation.primary.{key}", arm,
                 f"an arm of the sweep ({known})",
             )  # fmt: skip

@@ -185,7 +185,7 @@ def test_too_many_bad_images_end_with_a_list_and_nothing_is_decoded_twice(tmp_pa
     assert b'"pics/03.png"' in out.get(listed)
 
     # Other pictures of the same size and time: only a slice that is decoded again can show them.
-    work = [p.path for p in out.list() if "/work/" in p.path]
+    work = [p.path for p in out.list() if "work" in p.path.split("/")]
     assert len(work) == 3
     out.delete(work[1])
     for i in (5, 15):
@@ -212,7 +212,7 @@ def test_interrupted_between_the_passes(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             ingest(e, broken)
     # One slice as a worker leaves it that a picture has ended.
-    slices = [p.path for p in broken.list() if "/work/" in p.path]
+    slices = [p.path for p in broken.list() if "work" in p.path.split("/")]
     broken.delete(slices[1])
     broken.put(slices[1] + ".begun", b"")
     artifact = ingest(e, broken)
