@@ -11,10 +11,12 @@ from raysynth.core.config import build_experiment
 from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.plans import build_plan
+from raysynth.synth.ledger import Ledger, rows_of
 from raysynth.synth.renderer import Renderer
 from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.shards import ShardRunner
-from raysynth.synth.waves import extend, pending
+from raysynth.synth.wanted import Wanted, unpack
+from raysynth.synth.waves import extend
 
 SAMPLING = {"sampler": "ddim", "steps": 2, "guidance_scale": 1.0, "guidance_rescale": 0.0}
 
@@ -30,12 +32,17 @@ def image_table(n: int = 12) -> pa.Table:
     })  # fmt: skip
 
 
-def wanted_rows(n: int = 12, replicas: int = 3, seed: int = 0) -> pa.Table:
+def wanted_rows(n: int = 12, replicas: int = 3, seed: int = 0) -> Wanted:
     """A replicated plan over `image_table(n)`."""
     content: dict[str, Any] = {
         "name": "t", "data": {"kind": "digits"}, "plan": {"replicas": replicas, "seed": seed},
     }  # fmt: skip
-    return build_plan(image_table(n), build_experiment(content))
+    return Wanted.of(build_plan(image_table(n), build_experiment(content)))
+
+
+def keys_of(wanted: Wanted) -> list[str]:
+    """Hex row keys by rank."""
+    return unpack(wanted.keys).to_pylist()
 
 
 def synthetic_set(root: str | Storage, generator: str = "g", version: int = 1, seed: int = 0) -> SyntheticSet:
@@ -46,7 +53,7 @@ def synthetic_set(root: str | Storage, generator: str = "g", version: int = 1, s
 
 def render_all(
     store: SyntheticSet,
-    wanted: pa.Table,
+    wanted: Wanted,
     renderer: Renderer,
     micro_batch: int = 4,
     shard_rows: int = 8,
@@ -55,10 +62,10 @@ def render_all(
     retry_failed: bool = False,
 ) -> list[dict[str, Any]]:
     """Extends the set and renders what is pending, in rounds of fresh runners; returns every statistics row."""
-    extend(store, wanted, shard_rows, "test", retry_failed)
+    extend(Ledger(store), wanted, shard_rows, "test", retry_failed)
     found: list[dict[str, Any]] = []
     for _ in range(rounds):
-        left = pending(store, wanted)
+        left = Ledger(store).pending(wanted)
         if not left:
             break
         runners = [ShardRunner(store, renderer, micro_batch) for _ in range(workers)]
@@ -68,11 +75,11 @@ def render_all(
 
 def images(store: SyntheticSet) -> dict[str, str]:
     """row_key -> sha256 of its PNG, of every ok row that readers see."""
-    index = store.index()
+    rows = rows_of(store)
     found: dict[str, str] = {}
-    for part, rows in index[index["status"] == "ok"].groupby("part"):
+    for part, mine in rows[rows["status"] == "ok"].groupby("part"):
         table = from_parquet(store.part(str(part)), ["row_key", "sha256"]).to_pylist()
-        found |= {table[p]["row_key"]: table[p]["sha256"] for p in rows["place"]}
+        found |= {table[p]["row_key"]: table[p]["sha256"] for p in mine["place"]}
     return found
 
 

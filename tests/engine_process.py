@@ -13,7 +13,9 @@ import signal
 import sys
 from collections.abc import Callable
 
-import raysynth.synth.shards  # noqa: F401 - imported before the forks
+import s3fs  # noqa: F401 - imported before the forks
+
+import raysynth.synth.shards  # noqa: F401
 from raysynth.core.storage import Storage, open_storage
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import verify

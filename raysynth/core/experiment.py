@@ -229,6 +229,8 @@ class Compute:
     """Rows a shard; null: from `shard_seconds`."""
     max_failed_fraction: float = 0.01
     """More failed rows than this end generate with exit code 3."""
+    other_driver: Literal["join", "wait"] = "join"
+    """Where another driver renders the same set: take shards from the other end, or wait for it to finish."""
     accept_render_change: bool = False
     """Go on with a synthetic set on another device or library version than its render.json names."""
     train_workers: int | None = None

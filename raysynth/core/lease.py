@@ -13,6 +13,7 @@ from types import TracebackType
 from raysynth.core.storage import Storage, is_storage_fault
 
 BEAT_S = 10.0
+LOOK_EVERY_S = 2.0
 DEAD_AFTER_S = 4 * BEAT_S
 
 
@@ -38,6 +39,13 @@ class Lease:
             self._write()
         self._thread.start()
         return self
+
+    def wait(self) -> None:
+        """Until whoever was alive on entry has finished or died; then the lease is ours."""
+        while holder_of(self.storage, self.path):
+            time.sleep(LOOK_EVERY_S)
+        self._write()
+        self.others = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()

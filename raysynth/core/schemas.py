@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,14 +140,22 @@ def to_parquet(table: pa.Table, row_groups: Iterable[int] | None = None) -> byte
     Args:
         row_groups: rows of each row group in order; they must add up to the table.
     """
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-        start = 0
-        for rows in row_groups if row_groups is not None else [max(table.num_rows, 1)]:
-            writer.write_table(table.slice(start, rows), row_group_size=max(rows, 1))
-            start += rows
-    if row_groups is not None and start != table.num_rows:
-        raise ValueError(f"row groups hold {start} rows of {table.num_rows}")
+    groups = list(row_groups or []) or [table.num_rows]
+    starts = [0, *accumulate(groups)]
+    if starts[-1] != table.num_rows:
+        raise ValueError(f"row groups hold {starts[-1]} rows of {table.num_rows}")
+    return stream_parquet(table.slice(a, b - a) for a, b in pairwise(starts))
+
+
+def stream_parquet(tables: Iterable[pa.Table]) -> bytes:
+    """Parquet bytes of tables of one schema, a row group each; at least one."""
+    sink, writer = io.BytesIO(), None
+    for table in tables:
+        writer = writer or pq.ParquetWriter(sink, table.schema, compression="zstd")
+        writer.write_table(table, row_group_size=max(table.num_rows, 1))
+    if writer is None:
+        raise ValueError("no table to write")
+    writer.close()
     return sink.getvalue()
 
 

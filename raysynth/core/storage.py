@@ -1,7 +1,8 @@
 """Files under one root, on local disk or S3, with the three promises the engine needs.
 
 * `put` is atomic: a reader sees the whole object or none.
-* `create` succeeds for exactly one of any number of writers (hard link locally, conditional put on S3).
+* `create` succeeds for exactly one of any number of writers whose bytes differ (hard link locally, conditional put on
+  S3); writers of equal bytes may all be told that they succeeded.
 * `list` is never served from a cache.
 
 Knows nothing of artifacts or images. Paths are relative to the root and use `/`.
@@ -239,18 +240,25 @@ class S3Storage(Storage):
             try:
                 self.fs.pipe_file(self._full(path), data, mode="create")
             except FileExistsError:
-                return False
+                return self._is_ours(path, data)
             except OSError as error:
                 # s3fs knows AWS's full answer only; other stores say the bare code.
                 code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
                 if code in ("PreconditionFailed", "412"):
-                    return False
+                    return self._is_ours(path, data)
                 if code not in ("ConditionalRequestConflict", "409"):
                     raise
                 time.sleep(0.2)  # two conditional writers at once; S3 asks both to try again
             else:
                 return True
         raise EnvironmentFault(f"{self.url(path)}: other writers kept it busy. Run the same command again.")
+
+    def _is_ours(self, path: str, data: bytes) -> bool:
+        """Whether what is there is what we wrote: a put whose answer was lost is sent again, and then finds itself."""
+        try:
+            return self.get(path) == data
+        except FileNotFoundError:  # deleted meanwhile
+            return False
 
     def size(self, path: str) -> int:
         return int(self.fs.info(self._full(path), refresh=True)["size"])

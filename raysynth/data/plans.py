@@ -150,6 +150,25 @@ def selection(e: Experiment) -> Plan:
     return dataclasses.replace(p, ratio=t.ratio, n_synth=t.n_synth, quota=t.quota)
 
 
+def selected_count(rows: int, n_real: int, wanted: Plan) -> int:
+    """How many of a plan's first rows `ratio` or `n_synth` selects; all of them with neither.
+
+    Raises:
+        DataError: more than the plan has.
+    """
+    enough = "plan.n" if wanted.kind == "balanced" else "plan.replicas"
+    if wanted.ratio is not None:
+        # 0.1 * 30 is 3.0000000000000004: a fourth row would come from rounding alone.
+        count = math.ceil(round(wanted.ratio * n_real, 6))
+        if count > rows:
+            most = f"at most {rows / max(1, n_real):g} ({rows} rows over {n_real} real images)"
+            raise DataError("plan.ratio", wanted.ratio, most, f"Raise {enough}.")
+        return count
+    if wanted.n_synth is not None and wanted.n_synth > rows:
+        raise DataError("plan.n_synth", wanted.n_synth, f"at most {rows}, the plan's rows", f"Raise {enough}.")
+    return rows if wanted.n_synth is None else wanted.n_synth
+
+
 def select(
     plan: pa.Table, n_real: int, wanted: Plan, policy: Mapping[str, str] | None = None
 ) -> np.ndarray:
@@ -166,21 +185,10 @@ def select(
         DataError: more rows than the plan has, or an unknown class in `quota`.
     """
     rank = plan["rank"].to_numpy()
-    enough = "plan.n" if wanted.kind == "balanced" else "plan.replicas"
-    if wanted.ratio is not None:
-        # 0.1 * 30 is 3.0000000000000004: a fourth row would come from rounding alone.
-        count = math.ceil(round(wanted.ratio * n_real, 6))
-        if count > len(rank):
-            most = f"at most {len(rank) / max(1, n_real):g} ({len(rank)} rows over {n_real} real images)"
-            raise DataError("plan.ratio", wanted.ratio, most, f"Raise {enough}.")
-        return rank < count
-    if wanted.n_synth is not None:
-        if wanted.n_synth > len(rank):
-            most = f"at most {len(rank)}, the plan's rows"
-            raise DataError("plan.n_synth", wanted.n_synth, most, f"Raise {enough}.")
-        return rank < wanted.n_synth
+    if not wanted.quota:
+        return rank < selected_count(len(rank), n_real, wanted)
     chosen = np.ones(len(rank), dtype=bool)
-    names, labels = label_names(plan.schema), used_labels(plan, policy) if wanted.quota else np.zeros((0, 0))
+    names, labels = label_names(plan.schema), used_labels(plan, policy)
     for name, most_rows in wanted.quota.items():
         if name not in names or most_rows < 0:
             key, remedy = f"plan.quota.{name}", did_you_mean(name, names) if name not in names else ""

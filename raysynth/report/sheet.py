@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
@@ -61,7 +60,8 @@ def write_contact_sheet(pipeline: Pipeline) -> str:
     """Draws the sheet of the pipeline's generated images unless it is there. Returns its path below the
     root."""
     from raysynth.stages.generate import load_index, read_images
-    from raysynth.stages.plan import selected_rows
+    from raysynth.stages.plan import wanted_rows
+    from raysynth.synth.wanted import held_by, pack
 
     generated, experiment, storage = pipeline.generated, pipeline.experiment, pipeline.storage
     path = generated.file("contact_sheet.png")
@@ -69,8 +69,9 @@ def write_contact_sheet(pipeline: Pipeline) -> str:
         return path
     index = load_index(generated)
     index = index[index["status"] == "ok"]
-    wanted = selected_rows(experiment, storage, pipeline.plan)
-    rows = wanted.filter(pc.is_in(wanted["row_key"], value_set=pa.array(index["row_key"], pa.string())))
+    wanted = wanted_rows(experiment, storage, pipeline.plan)
+    ok = held_by(wanted.keys, np.sort(pack(pa.array(index["row_key"], pa.string()))))
+    rows = pa.concat_tables([next(iter(wanted.read())).slice(0, 0), *wanted.tables(ok)])
 
     def read(keys: Sequence[str]) -> dict[str, bytes]:
         found = read_images(generated, index[index["row_key"].isin(list(keys))])

@@ -7,9 +7,11 @@ part) and which failed (`failed.parquet`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -20,16 +22,18 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import content_digest
 from raysynth.core.lease import Lease
 from raysynth.core.progress import Progress, duration, say
-from raysynth.core.schemas import from_parquet, to_parquet
+from raysynth.core.schemas import from_parquet, stream_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
-from raysynth.stages.plan import selected_rows
+from raysynth.stages.plan import wanted_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
+from raysynth.synth.ledger import ABSENT, FAILED, STATUSES, Ledger, Places, rows_table
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
 from raysynth.synth.sets import SyntheticSet, is_content
 from raysynth.synth.settle import read_settled
-from raysynth.synth.waves import extend, failed_rows, pending, rows_a_shard
+from raysynth.synth.wanted import CHUNK, Wanted, unpack
+from raysynth.synth.waves import extend, missing, rows_a_shard
 
 STAGE_VERSION = 1
 
@@ -95,7 +99,7 @@ def generate(
     artifact = generate_artifact(experiment, storage, generator, plan)
     storage.probe()
     store = synthetic_set(experiment, storage, generator)
-    wanted = selected_rows(experiment, storage, plan)
+    wanted = wanted_rows(experiment, storage, plan)
     # From here on the artifact is unfinished: its rows may change, and the sheet with them.
     for name in ("_SUCCESS", "contact_sheet.png"):
         storage.delete(artifact.file(name))
@@ -111,7 +115,7 @@ def generate(
 
 def render(
     store: SyntheticSet,
-    wanted: pa.Table,
+    wanted: Wanted,
     factory: Callable[[], Renderer],
     compute: Compute,
     resources: Resources,
@@ -122,11 +126,14 @@ def render(
     store.announce()
     with Lease(store.storage, store.file("lock.json")) as lease:
         if lease.others:
-            say(f"generate: {lease.others} renders this set too; joining from the other end")
-        known = store.rows()
-        new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(known["row_key"]).sum())
-        again = len(failed_rows(store)) if retry_failed else 0
-        new += again
+            joins = compute.other_driver == "join"
+            say(f"generate: {lease.others} renders this set too; "
+                f"{'joining from the other end' if joins else 'waiting until it has finished'}")  # fmt: skip
+            if not joins:
+                lease.wait()
+        ledger = Ledger(store)
+        absent = missing(ledger, wanted, retry_failed)
+        new = int(absent.sum())
         if new:
             workers, _, _ = worker_shape(compute, resources)
             if compute.micro_batch and compute.shard_rows:
@@ -135,43 +142,44 @@ def render(
                 settled = settle_first(job, compute, resources)
                 micro_batch, rate = settled.micro_batch, settled.rows_per_s
             size = rows_a_shard(new, workers, micro_batch, rate, compute.shard_seconds, compute.shard_rows)
-            why = "retry of failed rows" if again else "first rows" if known.empty else "rows added"
-            wave = extend(store, wanted, size, why, retry_failed)
+            why = "first rows" if not len(ledger.keys) else "retry of failed rows" if retry_failed else "rows added"
+            wave = extend(ledger, wanted, size, why, retry_failed)
             if wave is not None:
                 say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows ({why}) in "
                     f"{len(wave.shard_rows):,} shards of up to {size:,}")  # fmt: skip
-        left = pending(store, wanted)
+        left = ledger.pending(wanted)
         todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in left)
-        with Progress("generate", wanted.num_rows, "images", done=max(0, wanted.num_rows - todo)) as progress:
+        with Progress("generate", len(wanted), "images", done=max(0, len(wanted) - todo)) as progress:
             return run_rounds(
-                job, lambda: pending(store, wanted), compute, resources, progress, backwards=bool(lease.others)
-            )
+                job, lambda: ledger.refresh().pending(wanted), compute, resources, progress,
+                backwards=bool(lease.others),
+            )  # fmt: skip
 
 
 def _conclude(
     artifact: Artifact,
     store: SyntheticSet,
-    wanted: pa.Table,
+    wanted: Wanted,
     generator: Artifact,
     compute: Compute,
     resources: Resources,
     sums: dict[str, float],
 ) -> Artifact:
     """Checks counts against the plan, writes the artifact, holds the gate."""
-    ranks = wanted.select(["row_key", "rank"]).to_pandas()
-    markers = store.markers(store.done())
-    rows = ranks.merge(store.index(markers), on="row_key", how="left").sort_values("rank", ignore_index=True)
-    lost = rows["status"].isna()
-    if lost.any():
+    store.fold()
+    ledger = Ledger(store)
+    markers = store.markers(ledger.done)
+    places = ledger.find(wanted.keys, ledger.statuses(markers))
+    lost = np.flatnonzero(places.status == ABSENT)
+    if len(lost):
         raise EnvironmentFault(
-            f"{store.path} misses {int(lost.sum())} wanted rows after rendering, first "
-            f"{rows['row_key'][lost].iloc[0]}. Run `raysynth verify` and then the same command again."
+            f"{store.path} misses {len(lost)} wanted rows after rendering, first "
+            f"{unpack(wanted.keys[lost[:1]])[0]}. Run `raysynth verify` and then the same command again."
         )
-    rows = rows.astype({"shard": "int64", "place": "int64", "attempt": "int32"})
-    artifact.put("rows.parquet", to_parquet(pa.Table.from_pandas(rows, preserve_index=False)))
-    failed = rows[rows["status"] == "failed"]
-    artifact.put("failed.parquet", to_parquet(pa.Table.from_pandas(failed, preserve_index=False)))
-    counts = {"wanted": len(rows), **{s: int((rows["status"] == s).sum()) for s in ("ok", "failed", "rejected")}}
+    artifact.put("rows.parquet", stream_parquet(_rows(wanted, places, markers)))
+    artifact.put("failed.parquet", to_parquet(_failed(wanted, places, markers)))
+    counts = {"wanted": len(wanted)} | {n: int((places.status == STATUSES.index(n)).sum())
+                                        for n in ("ok", "failed", "rejected")}  # fmt: skip
     fraction = counts["failed"] / max(1, counts["wanted"])
     if fraction > compute.max_failed_fraction:
         raise GateFailed(
@@ -179,7 +187,7 @@ def _conclude(
             f"{compute.max_failed_fraction:.2%}. See {artifact.file('failed.parquet')}; `--retry-failed` renders "
             "them once more."
         )
-    seconds = sum(markers[s]["render_seconds"] for s in rows["shard"].unique())
+    seconds = sum(markers[s]["render_seconds"] for s in np.unique(places.shard).tolist())
     gpu_seconds = seconds * (compute.gpus_per_renderer if resources.gpus else 0.0)
     price = compute.price_per_gpu_hour
     cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None
@@ -188,10 +196,32 @@ def _conclude(
         counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, generator=generator.path, render=render_json,
         cost=cost, render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},
     )  # fmt: skip
-    rate = f", {len(rows) / seconds:.1f} images/s a worker" if seconds else ""
+    rate = f", {len(wanted) / seconds:.1f} images/s a worker" if seconds else ""
     say(f"generate: {counts['ok']:,} ok, {counts['failed']:,} failed in {duration(seconds)} of rendering{rate}; "
         f"{artifact.path}")  # fmt: skip
     return artifact
+
+
+def _rows(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> Iterator[pa.Table]:
+    """What `rows.parquet` holds, piece by piece."""
+    for at in range(0, len(wanted) or 1, CHUNK):
+        piece = slice(at, at + CHUNK)
+        yield rows_table(wanted.keys[piece], places[piece], markers).add_column(
+            1, "rank", pa.array(wanted.ranks[piece], pa.int64())
+        )
+
+
+def _failed(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
+    """The failed rows as the plan has them, with reason, shard, place, attempt and part."""
+    bad = places.status == FAILED
+    why = rows_table(wanted.keys[bad], places[np.flatnonzero(bad)], markers).drop_columns(["row_key", "status"])
+    pieces = list(wanted.tables(bad))
+    if not pieces:
+        return why.add_column(0, "row_key", pa.array([], pa.string()))
+    rows = pa.concat_tables(pieces)
+    for name in why.column_names:
+        rows = rows.append_column(name, why[name])
+    return rows
 
 
 def load_index(artifact: Artifact) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import yaml
 from rich.table import Table
 
@@ -14,13 +15,15 @@ from raysynth.core.lease import holder_of
 from raysynth.core.progress import Progress, console, duration, say
 from raysynth.stages.housekeeping import artifacts_of_set
 from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
-from raysynth.stages.plan import selected_rows
+from raysynth.stages.plan import wanted_rows
 from raysynth.stages.sweep import find_trials
 from raysynth.stages.sweep_plan import plan_of_sweep
+from raysynth.synth.ledger import ABSENT, FAILED, Ledger
 from raysynth.synth.settle import Settled, read_settled
 from raysynth.synth.verify import repair as give_up
 from raysynth.synth.verify import verify
-from raysynth.synth.waves import pending, rows_a_shard
+from raysynth.synth.wanted import held_by
+from raysynth.synth.waves import missing, rows_a_shard
 
 
 def show_artifacts_of(pipeline: Pipeline) -> None:
@@ -55,13 +58,11 @@ def show_dry_run(pipeline: Pipeline) -> None:
     if found["plan"] is None or found["generate"] is None or not found["plan"].complete:
         say("generate: rows are known once ingest, train-generator and plan are done")
         return
-    wanted = selected_rows(e, pipeline.storage, pipeline.plan, ["row_key"])
+    wanted = wanted_rows(e, pipeline.storage, pipeline.plan)
     store, c = pipeline.synthetic_set, e.compute
-    rows = store.rows()
-    done = set(rows.loc[rows["done"].astype(bool), "row_key"])
-    left = sum(k not in done for k in wanted.column("row_key").to_pylist())
-    frozen = len(pending(store, wanted))
-    new = wanted.num_rows - int(wanted.column("row_key").to_pandas().isin(rows["row_key"]).sum())
+    ledger = Ledger(store)
+    left = len(wanted) - int(held_by(wanted.keys, ledger.committed()).sum())
+    frozen, new = len(ledger.pending(wanted)), int(missing(ledger, wanted).sum())
     settled = read_settled(store)
     shards = f"{frozen:,} frozen shards"
     if new and (settled or c.shard_rows):
@@ -73,7 +74,7 @@ def show_dry_run(pipeline: Pipeline) -> None:
     elif new:
         shards += " and new ones, cut when a worker has been measured"
     gpus = f"{c.render_workers * c.gpus_per_renderer:g} GPUs" if c.render_workers else "every GPU (or CPU) there is"
-    say(f"generate: {left:,} of {wanted.num_rows:,} rows to render in {shards}, on {gpus}")
+    say(f"generate: {left:,} of {len(wanted):,} rows to render in {shards}, on {gpus}")
     if settled is None:
         say("generate: no rate is known before the first worker has measured one")
         return
@@ -118,25 +119,25 @@ def _show_rendering(pipeline: Pipeline) -> None:
     """One synthetic set: committed, failed, rate and cost."""
     try:
         store = pipeline.synthetic_set
-        wanted = selected_rows(pipeline.experiment, pipeline.storage, pipeline.plan, ["row_key"])
+        wanted = wanted_rows(pipeline.experiment, pipeline.storage, pipeline.plan)
     except EnvironmentFault:
         return
-    markers = store.markers(store.done())
-    index = store.index(markers)
-    mine = index[index["row_key"].isin(wanted.column("row_key").to_pandas())]
-    done, failed = len(mine), int((mine["status"] == "failed").sum())
-    markers = {s: markers[s] for s in mine["shard"].unique()}
+    ledger = Ledger(store)
+    markers = store.markers(ledger.done)
+    places = ledger.find(wanted.keys, ledger.statuses(markers))
+    done, failed = int((places.status > ABSENT).sum()), int((places.status == FAILED).sum())
+    markers = {s: markers[s] for s in np.unique(places.shard[places.status > ABSENT]).tolist()}
     seconds = sum(m["render_seconds"] for m in markers.values())
-    say(f"images: {done:,}/{wanted.num_rows:,} committed, {failed:,} failed, {duration(seconds)} of rendering")
+    say(f"images: {done:,}/{len(wanted):,} committed, {failed:,} failed, {duration(seconds)} of rendering")
     # Rate of the last five minutes: an average over nights and restarts would promise too little.
     recent = [m for m in markers.values() if m["finished"] > time.time() - 300]
     holder = holder_of(store.storage, store.file("lock.json"))
     if holder:
         say(f"running: process {holder['pid']} on {holder['host']}")
-    if recent and done < wanted.num_rows:
+    if recent and done < len(wanted):
         first = min(m["finished"] - m["render_seconds"] for m in recent)
         rate = sum(m["rows"] for m in recent) / max(time.time() - first, 1e-9)
-        say(f"rate: {rate:.1f} images/s now, {duration((wanted.num_rows - done) / rate)} left")
+        say(f"rate: {rate:.1f} images/s now, {duration((len(wanted) - done) / rate)} left")
     price = gpu_price(read_settled(store), pipeline.experiment.compute)
     ok = sum(m["ok"] for m in markers.values())
     if price is not None and ok:
@@ -151,7 +152,7 @@ def verify_set(pipeline: Pipeline, repair: bool) -> None:
         GateFailed: the set does not hold exactly what is wanted.
     """
     store = pipeline.synthetic_set
-    wanted = selected_rows(pipeline.experiment, pipeline.storage, pipeline.plan, ["row_key"])
+    wanted = wanted_rows(pipeline.experiment, pipeline.storage, pipeline.plan)
     with Progress("verify", len(store.done()), "shards") as progress:
         verdict = verify(store, wanted, progress.advance)
     for line in verdict.lines():

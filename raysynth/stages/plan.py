@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from raysynth.core.artifacts import Artifact
@@ -22,7 +25,8 @@ from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.balance import joint_table
-from raysynth.data.plans import plan_rows, plan_sources, select, selection
+from raysynth.data.plans import plan_rows, plan_sources, select, selected_count, selection
+from raysynth.synth.wanted import Wanted, pack
 
 STAGE_VERSION = 2
 SELECTION = ("ratio", "n_synth", "quota")
@@ -63,9 +67,10 @@ def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) ->
         artifact.put("joint.csv", text.getvalue())
         artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": joint.num_rows})
     counts = artifact.run_info()["counts"]
-    wanted = selected_rows(experiment, storage, artifact, ["source_image_id"])
-    show_joint(joint_table(wanted, sources, over, labels), over)
-    say(f"plan: {wanted.num_rows:,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
+    wanted = wanted_rows(experiment, storage, artifact)
+    used = pa.concat_tables(t.select(["source_image_id"]) for t in wanted.tables(np.ones(len(wanted), bool)))
+    show_joint(joint_table(used, sources, over, labels), over)
+    say(f"plan: {len(wanted):,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
     return artifact
 
 
@@ -74,22 +79,42 @@ def load_plan(storage: Storage, artifact: Artifact, columns: list[str] | None = 
     return from_parquet(storage.get(artifact.file("rows.parquet")), columns)
 
 
-def selected_rows(
-    experiment: Experiment, storage: Storage, artifact: Artifact, columns: list[str] | None = None
-) -> pa.Table:
-    """Rows that are to be rendered (`data.plans.selection`), by rank.
-
-    Args:
-        columns: those wanted; null: all.
+def wanted_rows(experiment: Experiment, storage: Storage, artifact: Artifact) -> Wanted:
+    """Rows that are to be rendered (`data.plans.selection`), by rank; holds their keys only and streams the rest.
 
     Raises:
         DataError: more rows than the plan has, or an unknown class in `plan.quota`.
     """
-    wanted = selection(experiment)
-    rows = load_plan(storage, artifact, None if columns is None or wanted.quota else [*{*columns, "rank"}])
-    mask = select(rows, artifact.run_info()["counts"]["n_real"], wanted, experiment.data.labels.policy)
-    rows = rows.filter(pa.array(mask))
-    return rows.select(columns) if columns is not None else rows
+    chosen = selection(experiment)
+    path, info = artifact.file("rows.parquet"), artifact.run_info()["counts"]
+
+    def groups(columns: list[str] | None = None) -> Iterator[pa.Table]:
+        with storage.open(path) as f:
+            file = pq.ParquetFile(f)
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns)
+
+    if chosen.quota:
+        rows = load_plan(storage, artifact)
+        mask = select(rows, info["n_real"], chosen, experiment.data.labels.policy)
+        ranks, stop = np.flatnonzero(mask).astype(np.int32), rows.num_rows
+        del rows
+    else:  # a plan is stored by rank: its first rows
+        stop = selected_count(info["rows"], info["n_real"], chosen)
+        ranks, mask = np.arange(stop, dtype=np.int32), None
+
+    def read(columns: list[str] | None = None) -> Iterator[pa.Table]:
+        at = 0
+        for table in groups(columns):
+            if at >= stop:
+                return
+            yield table.slice(0, stop - at) if mask is None else table.filter(
+                pa.array(mask[at : at + table.num_rows])
+            )
+            at += table.num_rows
+
+    keys = np.concatenate([np.zeros(0, "S16"), *(pack(t["row_key"]) for t in read(["row_key"]))])
+    return Wanted(keys, ranks, read)
 
 
 def show_joint(joint: pa.Table, over: list[str]) -> None:

@@ -25,7 +25,7 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json
 from raysynth.core.progress import say
 from raysynth.core.schemas import from_parquet, to_parquet
-from raysynth.stages.plan import selected_rows
+from raysynth.stages.plan import wanted_rows
 from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _cover(needing: Mapping[int, Pipeline]) -> dict[int, Artifact]:
 
 def wanted_ranks(p: Pipeline) -> np.ndarray:
     """Ranks (N,) of the plan's rows that the experiment renders."""
-    return selected_rows(p.experiment, p.storage, p.plan, ["rank"])["rank"].to_numpy()
+    return wanted_rows(p.experiment, p.storage, p.plan).ranks
 
 
 def _selects(e: Experiment) -> bool:

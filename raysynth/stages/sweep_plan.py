@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,10 +23,12 @@ from raysynth.core.schemas import from_parquet, label_names
 from raysynth.core.storage import Storage
 from raysynth.data.plans import plan_rows, plan_sources, select, selection
 from raysynth.data.strata import used_labels
-from raysynth.stages.plan import selected_rows
+from raysynth.stages.plan import wanted_rows
 from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
+from raysynth.synth.ledger import Ledger
 from raysynth.synth.settle import read_settled
+from raysynth.synth.wanted import held_by, pack
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
@@ -116,7 +119,7 @@ def plan_of_sweep(pipeline: Pipeline, experiment: Experiment) -> SweepPlan:
 
 
 def _sets(needing: Sequence[Pipeline]) -> list[SetWork]:
-    rows: dict[str, dict[str, set[str]]] = {}
+    rows: dict[str, dict[str, np.ndarray]] = {}
     one: dict[str, Pipeline] = {}
     for p in needing:
         key, s = set_key(p), selection(p.experiment)
@@ -124,26 +127,26 @@ def _sets(needing: Sequence[Pipeline]) -> list[SetWork]:
         # The same selection of the same plan is read once, not once a seed.
         choice = f"{p.plan.path} {s.ratio} {s.n_synth} {s.quota}"
         if choice not in rows.setdefault(key, {}):
-            rows[key][choice] = set(_wanted(p))
-    return [_work(one[key], set().union(*parts.values())) for key, parts in rows.items()]
+            rows[key][choice] = _wanted(p)
+    return [_work(one[key], np.unique(np.concatenate(list(parts.values())))) for key, parts in rows.items()]
 
 
-def _wanted(p: Pipeline) -> list[str]:
-    """Row keys that an experiment renders; from the plan if it is there, else planned now in memory."""
+def _wanted(p: Pipeline) -> np.ndarray:
+    """Packed row keys that an experiment renders; from the plan if it is there, else planned now in memory."""
     e = p.experiment
     if p.plan.complete:
-        return selected_rows(e, p.storage, p.plan, ["row_key"])["row_key"].to_pylist()
+        return wanted_rows(e, p.storage, p.plan).keys
     sources = plan_sources(from_parquet(p.storage.get(p.images.file("table.parquet"))), e)
     rows = plan_rows(sources, e)
     mask = select(rows, sources.num_rows, selection(e), e.data.labels.policy)
-    return rows.filter(pa.array(mask))["row_key"].to_pylist()
+    return pack(rows.filter(pa.array(mask))["row_key"])
 
 
-def _work(p: Pipeline, wanted: set[str]) -> SetWork:
+def _work(p: Pipeline, wanted: np.ndarray) -> SetWork:
     e, left, settled = p.experiment, len(wanted), None
     if p.generator.complete:
-        rows, settled = p.synthetic_set.rows(), read_settled(p.synthetic_set)
-        left = len(wanted - set(rows.loc[rows["done"].astype(bool), "row_key"]))
+        settled = read_settled(p.synthetic_set)
+        left -= int(held_by(wanted, Ledger(p.synthetic_set).committed()).sum())
     s = e.sampling
     words = f"{p.generator.path.rpartition('/')[2]}, {s.sampler} {s.steps} steps, guidance {s.guidance_scale:g}"
     if settled is None:

@@ -4,35 +4,40 @@
       set.json                     what makes pixels: weights, sampler, steps, guidance, seed, render version
       render.json                  micro-batch, device, versions: byte equality is promised under one of these
       waves/00000.json             which rows, cut into which shards; created if absent, never changed
-      waves/rows-<sha12>.parquet   the rows, in rendering order
+      waves/rows-<sha12>.parquet   the rows, in rendering order, up to 65,536 a file
       attempts/00012/0.json ...    who began to render shard 12 (see `attempts.py`)
       parts/00012-<sha12>.parquet  images; the name is the content
       done/00012.json              the marker that makes a part part of the set
       void/00012.json              the shard's images are lost or corrupt; its rows may be rendered again
+      folded/00003.json            the markers of shards 3000 to 3999 in one object, in place of their own
 
-Readers follow markers only. Whether a shard is done is known from one listing of names. Knows nothing of Ray, of
-rendering, or of what a plan wants beyond row keys.
+Readers follow markers only. Whether a shard is done is known from listings of names. Past ten thousand shards the
+markers of each full thousand are folded into one object, so that a set of a hundred million images is opened by
+hundreds of requests and not by a million. Knows nothing of Ray, of rendering, or of what a plan wants beyond row keys.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import IO, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raysynth.core.identity import canonical_json, fp12, sha256_bytes
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
+from raysynth.synth.wanted import pack
 
 FOLDER = "synthetic-sets"
 ROW_GROUP = 8192  # a shard's rows are read without the wave's; a footer of a million rows stays small
+FOLD = 1000  # shards whose markers become one object of about 500 KB
+FOLD_PAST = 10_000  # loose markers that a set may have; ten listing calls
 _THREADS = 16  # concurrent small requests; S3 answers each in tens of milliseconds
 
 
@@ -41,8 +46,8 @@ class Wave:
     """An append-only batch of rows cut into shards, frozen when it was added."""
 
     number: int
-    rows: str
-    """Path of the rows file inside the set's folder."""
+    files: tuple[tuple[str, int], ...]
+    """Rows files inside the set's folder and how many rows each holds, in rendering order."""
     first_shard: int
     shard_rows: tuple[int, ...]
     why: str
@@ -64,6 +69,8 @@ class SyntheticSet:
     def __init__(self, storage: Storage, name: str, identity: dict[str, Any]) -> None:
         self.storage, self.name, self.identity = storage, name, identity
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._blocks: dict[int, dict[int, dict[str, Any]]] = {}
+        self._seen: set[int] = set()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.storage, self.name, self.identity)
@@ -109,49 +116,77 @@ class SyntheticSet:
         for number in sorted(self._numbers("waves")):
             w = self.get_json(f"waves/{number:05d}.json")
             if w is not None:
-                found.append(Wave(number, w["rows"], w["first_shard"], tuple(w["shard_rows"]), w["why"]))
+                files = tuple((name, rows) for name, rows in w["files"])
+                lengths = tuple(n for n, times in w["shard_rows"] for _ in range(times))
+                found.append(Wave(number, files, w["first_shard"], lengths, w["why"]))
         return found
 
     def announce(self) -> None:
         """Writes `set.json`, before anything else of the set."""
         self.storage.create(self.file("set.json"), canonical_json(self.identity).encode())
 
-    def add_wave(self, waves: Sequence[Wave], rows: pa.Table, shard_rows: Sequence[int], why: str) -> Wave | None:
-        """Freezes a new wave behind `waves`. None if another driver added one first: look again.
-
-        Args:
-            rows: plan rows plus `attempt`, in rendering order.
-            shard_rows: rows of each shard; they add up to the table.
-        """
-        self.announce()
+    def put_rows(self, rows: pa.Table) -> tuple[str, int]:
+        """Stores rows for a wave under their content's name; (name inside the set's folder, rows)."""
         groups = [min(ROW_GROUP, rows.num_rows - at) for at in range(0, rows.num_rows, ROW_GROUP)]
         data = to_parquet(rows, groups)
         name = f"waves/rows-{sha256_bytes(data)[:12]}.parquet"
         self.storage.put(self.file(name), data)
+        return name, rows.num_rows
+
+    def add_wave(
+        self, waves: Sequence[Wave], files: Sequence[tuple[str, int]], shard_rows: Sequence[int], why: str
+    ) -> Wave | None:
+        """Freezes a new wave behind `waves`. None if another driver added one first: look again.
+
+        Args:
+            files: what `put_rows` returned, in rendering order.
+            shard_rows: rows of each shard; they add up to the files.
+        """
+        self.announce()
         first = waves[-1].shards.stop if waves else 0
-        wave = Wave(len(waves), name, first, tuple(shard_rows), why)
-        record = {"rows": name, "first_shard": first, "shard_rows": list(shard_rows), "why": why}
+        wave = Wave(len(waves), tuple(files), first, tuple(shard_rows), why)
+        # Run lengths: a million equal shards are one pair.
+        lengths = [(n, len(list(same))) for n, same in groupby(shard_rows)]
+        record = {"files": list(files), "first_shard": first, "shard_rows": lengths, "why": why}
         return wave if self.create_json(f"waves/{wave.number:05d}.json", record) else None
 
-    def wave_rows(self, wave: Wave, columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of a wave with a `shard` column in front."""
-        table = from_parquet(self.storage.get(self.file(wave.rows)), columns)
-        shards = np.repeat(np.arange(wave.first_shard, wave.shards.stop), wave.shard_rows)
-        return table.add_column(0, "shard", pa.array(shards, pa.int64()))
+    def _parquet(self, name: str, f: IO[bytes]) -> pq.ParquetFile:
+        file = pq.ParquetFile(f, metadata=self._footers.get(name))
+        self._footers[name] = file.metadata
+        return file
+
+    def wave_keys(self, wave: Wave) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Packed row keys and attempts (int8) of a wave in rendering order, one file at a time."""
+        for name, _ in wave.files:
+            table = from_parquet(self.storage.get(self.file(name)), ["row_key", "attempt"])
+            yield pack(table["row_key"]), table["attempt"].to_numpy().astype(np.int8)
 
     def shard_rows(self, wave: Wave, shard: int) -> pa.Table:
         """The frozen rows of one shard; reads the row groups that hold them only."""
         first = sum(wave.shard_rows[: shard - wave.first_shard])
-        count = wave.shard_rows[shard - wave.first_shard]
-        with self.storage.open(self.file(wave.rows)) as f:
-            file = pq.ParquetFile(f, metadata=self._footers.get(wave.rows))
-            self._footers[wave.rows] = file.metadata
-            groups = list(range(first // ROW_GROUP, (first + count - 1) // ROW_GROUP + 1))
-            return file.read_row_groups(groups).slice(first - groups[0] * ROW_GROUP, count).combine_chunks()
+        stop = first + wave.shard_rows[shard - wave.first_shard]
+        found, at = [], 0
+        for name, rows in wave.files:
+            low, high = max(first - at, 0), min(stop - at, rows)
+            at += rows
+            if low >= high:
+                continue
+            groups = list(range(low // ROW_GROUP, (high - 1) // ROW_GROUP + 1))
+            with self.storage.open(self.file(name)) as f:
+                table = self._parquet(name, f).read_row_groups(groups)
+            found.append(table.slice(low - groups[0] * ROW_GROUP, high - low))
+        return pa.concat_tables(found).combine_chunks()
 
     def done(self) -> set[int]:
-        """Shards whose marker is there and which are not void: listings of names, however large the set."""
-        return self._numbers("done") - self.void()
+        """Shards whose marker is there and which are not void: listings of names, however large the set.
+
+        A marker once seen is never missed again by this handle, whatever a stale listing says.
+        """
+        # Loose markers first: one that is folded between the two listings is then in both, not in neither.
+        self._seen |= self._numbers("done")
+        for block in self._numbers("folded"):
+            self._seen |= set(self._block(block).keys())
+        return self._seen - self.void()
 
     def void(self) -> set[int]:
         """Shards given up because their images are lost or corrupt."""
@@ -159,13 +194,53 @@ class SyntheticSet:
 
     def marker(self, shard: int) -> dict[str, Any] | None:
         """The marker of a shard, or None."""
-        return self.get_json(f"done/{shard:05d}.json")
+        return self.get_json(f"done/{shard:05d}.json") or self._block(shard // FOLD).get(shard)
 
     def markers(self, shards: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Markers of many shards, read side by side."""
+        found: dict[int, dict[str, Any]] = {}
         wanted = sorted(shards)
+        for block in {s // FOLD for s in wanted} & self._numbers("folded"):
+            found |= self._block(block)
+        loose = [s for s in wanted if s not in found]
         with ThreadPoolExecutor(_THREADS) as pool:
-            return {s: m for s, m in zip(wanted, pool.map(self.marker, wanted)) if m is not None}
+            found |= {s: m for s, m in zip(loose, pool.map(self.marker, loose)) if m is not None}
+        return {s: found[s] for s in wanted if s in found}
+
+    def _block(self, block: int) -> dict[int, dict[str, Any]]:
+        """Markers in one folded object, empty if there is none; read once, for it never changes."""
+        if block not in self._blocks:
+            record = self.get_json(f"folded/{block:05d}.json")
+            if record is None:
+                return {}
+            self._blocks[block] = {int(s): m for s, m in record.items()}
+        return self._blocks[block]
+
+    def fold(self, past: int = FOLD_PAST) -> int:
+        """Puts the markers of every finished thousand shards into one object each, where more than `past` lie about.
+
+        Any number of drivers may do so at once: equal markers make equal objects, created if absent. Own markers
+        are deleted only when the object that replaces them is there.
+
+        Returns:
+            Markers folded.
+        """
+        loose = self._numbers("done")
+        if len(loose) <= past:
+            return 0
+        finished, count = self.done() | self.void(), 0
+        for block in sorted({s // FOLD for s in loose}):
+            members = range(block * FOLD, (block + 1) * FOLD)
+            if not finished.issuperset(members):
+                continue
+            if not self._block(block):
+                record = {str(s): m for s, m in self.markers(members).items()}
+                self.create_json(f"folded/{block:05d}.json", record)
+            mine = [s for s in members if s in loose]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(lambda s: self.storage.delete(self.file(f"done/{s:05d}.json")), mine))
+            count += len(mine)
+        return count
 
     def put_part(self, shard: int, data: bytes) -> str:
         """Stores part bytes under their content's name. Returns the name inside the set's folder."""
@@ -180,42 +255,3 @@ class SyntheticSet:
     def part(self, name: str) -> bytes:
         """Bytes of a part."""
         return self.storage.get(self.file(name))
-
-    def rows(self) -> pd.DataFrame:
-        """Every row of every wave: `row_key, attempt, shard, place, done` (bool), oldest first, void shards out."""
-        done, void = self.done(), self.void()
-        frames = []
-        for wave in self.waves():
-            frame = self.wave_rows(wave, ["row_key", "attempt"]).to_pandas()
-            frame["place"] = np.concatenate([np.arange(n) for n in wave.shard_rows] or [np.arange(0)])
-            frames.append(frame[~frame["shard"].isin(void)] if void else frame)
-        if not frames:
-            return pd.DataFrame({"shard": [], "row_key": [], "attempt": [], "place": [], "done": []})
-        table = pd.concat(frames, ignore_index=True)
-        table["done"] = table["shard"].isin(done)
-        return table
-
-    def index(self, markers: dict[int, dict[str, Any]] | None = None) -> pd.DataFrame:
-        """Where each row's image is: `row_key, attempt, shard, place, part, status, reason`, one row a key.
-
-        A row in several waves is ok if it is ok in any; otherwise its latest record counts.
-
-        Args:
-            markers: of every done shard, where the caller has read them.
-        """
-        rows = self.rows()
-        rows = rows[rows["done"].astype(bool)]
-        markers = self.markers(rows["shard"].unique()) if markers is None else markers
-        rows = rows.assign(part=rows["shard"].map({s: m["part"] for s, m in markers.items()}))
-        bad = [
-            (shard, int(place), status, reason)
-            for shard, m in markers.items()
-            for status in ("failed", "rejected")
-            for place, reason in m[status].items()
-        ]
-        faults = pd.DataFrame(bad, columns=["shard", "place", "status", "reason"])
-        faults = faults.astype({"shard": "int64", "place": "int64", "status": "str", "reason": "object"})
-        rows = rows.astype({"shard": "int64", "place": "int64"}).merge(faults, on=["shard", "place"], how="left")
-        rows["status"] = rows["status"].fillna("ok")
-        order = rows.assign(fine=rows["status"] == "ok").sort_values(["fine", "shard"], kind="stable")
-        return order.drop_duplicates("row_key", keep="last").drop(columns=["fine", "done"]).reset_index(drop=True)

@@ -12,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 
 from raysynth.core.identity import sha256_bytes
 from raysynth.core.schemas import from_parquet
 from raysynth.data.images import decode_png, pixel_sha256
+from raysynth.synth.ledger import ABSENT, FAILED, OK, REJECTED, Ledger
 from raysynth.synth.sets import SyntheticSet, Wave
+from raysynth.synth.wanted import Wanted, unpack
 
 ORPHAN_AGE_S = 3600.0  # a younger part may belong to a writer that is about to create its marker
 
@@ -79,18 +81,16 @@ def shard_fault(store: SyntheticSet, wave: Wave, shard: int, marker: dict[str, A
 
 
 def verify(
-    store: SyntheticSet, wanted: pa.Table, advance: Callable[[int], None] = lambda n: None, threads: int = 8
+    store: SyntheticSet, wanted: Wanted, advance: Callable[[int], None] = lambda n: None, threads: int = 8
 ) -> Verdict:
     """Checks every committed shard of the set and counts the wanted rows.
 
     Args:
-        wanted: plan rows; only `row_key` is read.
         advance: called with 1 after each shard.
     """
-    rows = store.rows()
-    rows = rows[rows["done"].astype(bool)]
-    where = {shard: wave for wave in store.waves() for shard in wave.shards}
-    shards = sorted(set(rows["shard"]))
+    ledger = Ledger(store)
+    where = {shard: wave for wave in ledger.waves for shard in wave.shards}
+    shards = sorted(ledger.done & where.keys())
     markers = store.markers(shards)
 
     def look(shard: int) -> str | None:
@@ -101,19 +101,15 @@ def verify(
 
     with ThreadPoolExecutor(threads) as pool:
         faults = dict(zip(shards, pool.map(look, shards)))
-    verdict = Verdict(wanted=wanted.num_rows, corrupt={s: f for s, f in faults.items() if f})
-    index = store.index(markers)
-    intact = index[~index["shard"].isin(list(verdict.corrupt))]
-    keys = wanted.column("row_key").to_pandas()
-    held = intact[intact["row_key"].isin(keys)]
-    verdict.ok, verdict.failed, verdict.rejected = (
-        int((held["status"] == s).sum()) for s in ("ok", "failed", "rejected")
-    )
-    verdict.missing = keys[~keys.isin(held["row_key"])].tolist()
-    verdict.unwanted = len(intact) - len(held)
-    bad = {(s, int(p)) for s, m in markers.items() for k in ("failed", "rejected") for p in m[k]}
-    fine = rows if not bad else rows[[(s, p) not in bad for s, p in zip(rows["shard"], rows["place"])]]
-    verdict.duplicate = sorted(fine.loc[fine["row_key"].duplicated(), "row_key"].unique())
+    verdict = Verdict(wanted=len(wanted), corrupt={s: f for s, f in faults.items() if f})
+    duplicate = ledger.duplicates(ledger.statuses(markers))
+    intact = ledger.statuses({s: m for s, m in markers.items() if s not in verdict.corrupt})
+    held = ledger.find(wanted.keys, intact).status
+    verdict.ok, verdict.failed, verdict.rejected = (int((held == s).sum()) for s in (OK, FAILED, REJECTED))
+    verdict.missing = unpack(wanted.keys[held == ABSENT]).to_pylist()
+    there = np.unique(ledger.keys[intact[ledger.order] > ABSENT])
+    verdict.unwanted = len(there) - int((held > ABSENT).sum())
+    verdict.duplicate = unpack(duplicate).to_pylist()
     verdict.extra = orphans(store, older_than_s=0)
     return verdict
 
@@ -121,7 +117,7 @@ def verify(
 def orphans(store: SyntheticSet, older_than_s: float = ORPHAN_AGE_S) -> list[str]:
     """Parts that no valid marker or waiting attempt names, and rows files no wave names; at least so old."""
     done = store.done()
-    named = {m["part"] for m in store.markers(done).values()} | {w.rows for w in store.waves()}
+    named = {m["part"] for m in store.markers(done).values()} | {name for w in store.waves() for name, _ in w.files}
     prefix = len(store.path) + 1
     settled = done | store.void()
     for entry in store.storage.list(store.file("attempts")):

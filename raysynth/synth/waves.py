@@ -5,14 +5,17 @@ Pure bookkeeping over row keys; the only decisions are what a new wave holds and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from itertools import groupby
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.synth.sets import SyntheticSet, Wave
+from raysynth.synth.ledger import FAILED, Ledger
+from raysynth.synth.sets import Wave
+from raysynth.synth.wanted import Wanted, held_by
 
 SHARDS_A_WORKER = 20  # so that the last shard of a run costs a twentieth of it at most
 
@@ -29,62 +32,66 @@ def rows_a_shard(
     return max(1, round(min(by_time, max(by_share, micro_batch)) / micro_batch)) * micro_batch
 
 
-def cut(rows: pa.Table, size: int) -> list[int]:
-    """Shard lengths for rows in order: at most `size`, and no shard holds two modes."""
-    if rows.num_rows == 0:
-        return []
-    modes = rows.column("mode").combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    breaks = np.flatnonzero(np.diff(modes)) + 1
+def cut(runs: Iterable[tuple[str, int]], size: int) -> list[int]:
+    """Shard lengths for rows in order: at most `size`, and no shard holds two modes.
+
+    Args:
+        runs: (mode, rows) of neighbouring rows; equal neighbours are one run.
+    """
     lengths: list[int] = []
-    for start, stop in zip([0, *breaks], [*breaks, len(modes)]):
-        full, rest = divmod(int(stop - start), size)
+    for _, same in groupby(runs, key=lambda run: run[0]):
+        full, rest = divmod(sum(n for _, n in same), size)
         lengths += [size] * full + ([rest] if rest else [])
     return lengths
 
 
-def failed_rows(store: SyntheticSet) -> list[str]:
-    """Keys of the rows whose newest record is a failure."""
-    index = store.index()
-    return index.loc[index["status"] == "failed", "row_key"].tolist()
+def _runs(table: pa.Table) -> list[tuple[str, int]]:
+    """(mode, rows) of neighbouring rows of equal mode."""
+    ends = pc.run_end_encode(table.column("mode").combine_chunks())
+    lengths = np.diff(np.concatenate([[0], ends.run_ends.to_numpy()]))
+    return list(zip(ends.values.to_pylist(), lengths.tolist()))
 
 
-def missing(wanted: pa.Table, known: pd.DataFrame, reopen: Sequence[str] = ()) -> pa.Table:
-    """Wanted rows that are neither committed nor frozen, in rank order; `reopen` names rows to render once more."""
-    have = known["row_key"]
-    if len(reopen):
-        have = have[~have.isin(set(reopen)) | have.isin(known.loc[~known["done"].astype(bool), "row_key"])]
-    keys = wanted.column("row_key").to_pandas()
-    return wanted.filter(pa.array(~keys.isin(have))).sort_by("rank")
+def failed_keys(ledger: Ledger, wanted: Wanted) -> np.ndarray:
+    """Which wanted rows' counting record is a failure: (N,) bool."""
+    markers = ledger.store.markers(ledger.done)
+    return ledger.find(wanted.keys, ledger.statuses(markers)).status == FAILED
+
+
+def missing(ledger: Ledger, wanted: Wanted, retry_failed: bool = False) -> np.ndarray:
+    """Which wanted rows are neither committed nor frozen: (N,) bool.
+
+    Args:
+        retry_failed: rows recorded as failed are missing too, unless they wait in a frozen shard already.
+    """
+    absent = ~held_by(wanted.keys, ledger.frozen())
+    if retry_failed:
+        absent |= failed_keys(ledger, wanted) & ~held_by(wanted.keys, ledger.waiting())
+    return absent
 
 
 def extend(
-    store: SyntheticSet, wanted: pa.Table, shard_size: int, why: str, retry_failed: bool = False
+    ledger: Ledger, wanted: Wanted, shard_size: int, why: str, retry_failed: bool = False
 ) -> Wave | None:
-    """Adds a wave with whatever is missing; None if nothing is.
+    """Adds a wave with whatever is missing; None if nothing is. The ledger is up to date afterwards.
 
     Two drivers may call this at once: the loser of the race looks again and finds less missing.
 
     Args:
         retry_failed: rows recorded as failed are missing too.
     """
+    store = ledger.store
     for _ in range(100):
-        waves = store.waves()
-        known = store.rows()
-        rows = missing(wanted, known, failed_rows(store) if retry_failed else ())
-        if rows.num_rows == 0:
+        absent = missing(ledger.refresh(), wanted, retry_failed)
+        if not absent.any():
             return None
-        rows = rows.append_column("attempt", pa.array(np.zeros(rows.num_rows, np.int32)))
-        wave = store.add_wave(waves, rows, cut(rows, shard_size), why)
+        files, runs = [], []
+        for table in wanted.tables(absent):
+            runs += _runs(table)
+            attempt = pa.array(np.zeros(table.num_rows, np.int32))
+            files.append(store.put_rows(table.append_column("attempt", attempt)))
+        wave = store.add_wave(ledger.waves, files, cut(runs, shard_size), why)
         if wave is not None:
+            ledger.refresh()
             return wave
     raise EnvironmentFault(f"{store.path}: other drivers kept adding waves. Run the same command again.")
-
-
-def pending(store: SyntheticSet, wanted: pa.Table) -> list[tuple[Wave, int]]:
-    """Frozen shards without a marker that hold a wanted row, oldest first."""
-    rows = store.rows()
-    if rows.empty:
-        return []
-    left = rows[~rows["done"].astype(bool)]
-    shards = set(left.loc[left["row_key"].isin(wanted.column("row_key").to_pandas()), "shard"])
-    return [(wave, shard) for wave in store.waves() for shard in wave.shards if shard in shards]

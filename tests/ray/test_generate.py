@@ -18,9 +18,10 @@ from raysynth.core.schemas import synthetic_schema
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages.cluster import Resources
 from raysynth.stages.generate import generate, load_index, make_renderer, read_images, synthetic_set
-from raysynth.stages.plan import plan, selected_rows
+from raysynth.stages.plan import plan, wanted_rows
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import verify
+from raysynth.synth.wanted import unpack
 from tests.digits import CLASSES, digit_artifact
 from tests.engine import images
 from tests.generators import exported
@@ -84,7 +85,8 @@ def test_a_real_generator_on_s3(ray_session: None, s3_root: str, tmp_path: Path)
     from raysynth.synth.shards import ShardRunner
 
     alone = synthetic_set(more, open_storage(str(tmp_path / "alone")), generator)
-    wave = alone.add_wave([], store.shard_rows(store.waves()[0], 0), [10], "test")
+    rows = alone.put_rows(store.shard_rows(store.waves()[0], 0))
+    wave = alone.add_wave([], [rows], [10], "test")
     assert wave is not None
     ShardRunner(alone, renderer, 5).run(wave, 0)
     assert images(alone).items() <= images(store).items()
@@ -95,8 +97,8 @@ def test_gate_then_retry_failed(ray_session: None, tmp_path: Path) -> None:
     e = experiment(str(tmp_path / "runs"), tmp_path / "cache")
     generator = trained(storage, tmp_path / "export")
     planned = plan(e, storage, digit_artifact(storage))
-    wanted = selected_rows(e, storage, planned)
-    bad = tuple(wanted.column("row_key").to_pylist()[:3])
+    wanted = wanted_rows(e, storage, planned)
+    bad = tuple(unpack(wanted.keys[:3]).to_pylist())
     broken = partial(FakeRenderer, broken=bad)
     with pytest.raises(GateFailed, match=r"3 of 60 rows failed, allowed 1.00%.*--retry-failed"):
         generate(e, storage, generator, planned, CLUSTER, factory=broken)

@@ -19,16 +19,17 @@ from raysynth.core.experiment import Compute
 from raysynth.stages.cluster import Resources
 from raysynth.stages.generate import render
 from raysynth.synth.fake import FakeRenderer
+from raysynth.synth.ledger import rows_of
 from raysynth.synth.settle import read_settled
 from raysynth.synth.verify import verify
-from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
+from tests.engine import images, keys_of, render_all, rendered, synthetic_set, wanted_rows
 
 pytestmark = pytest.mark.ray
 
 TWO = Compute(render_workers=2, micro_batch=4, shard_rows=8)
 CLUSTER = Resources(cpus=4, gpus=0, nodes=1)
 WANTED = wanted_rows()
-KEYS = WANTED.column("row_key").to_pylist()
+KEYS = keys_of(WANTED)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_a_deadly_row_and_a_broken_row(ray_session: None, tmp_path: Path, refere
     renderer = partial(FakeRenderer, deadly=(KEYS[9],), broken=(KEYS[30],))
     sums = render(store, WANTED, renderer, TWO, CLUSTER)
     assert sums["failed"] == 2
-    index = store.index().set_index("row_key")
+    index = rows_of(store).set_index("row_key")
     assert "died twice" in index.loc[KEYS[9], "reason"]
     assert "not finite" in index.loc[KEYS[30], "reason"]
     assert images(store) == of(reference, [k for k in KEYS if k not in (KEYS[9], KEYS[30])])
@@ -106,7 +107,7 @@ def test_a_sick_actor_fails_no_row(ray_session: None, tmp_path: Path, reference:
     store = synthetic_set(str(tmp_path / "set"))
     renderer = partial(FakeRenderer, sick_file=str(tmp_path / "sick"), broken=(KEYS[3],), seconds_a_row=0.01)
     render(store, WANTED, renderer, TWO, CLUSTER)
-    index = store.index()
+    index = rows_of(store)
     assert index.loc[index["status"] != "ok", "row_key"].tolist() == [KEYS[3]]
     assert images(store) == of(reference, [k for k in KEYS if k != KEYS[3]])
 
@@ -117,14 +118,14 @@ def test_a_sick_device_among_healthy_ones(ray_session: None, tmp_path: Path, ref
     renderer = partial(FakeRenderer, sick_device=str(tmp_path / "device"))
     render(store, WANTED, renderer, TWO, CLUSTER)
     assert images(store) == of(reference, KEYS)
-    assert store.index()["status"].eq("ok").all()
+    assert rows_of(store)["status"].eq("ok").all()
 
 
 def test_a_row_that_breaks_its_device(ray_session: None, tmp_path: Path, reference: dict) -> None:
     """After it the process lives, but renders nothing any more: it is found and the run ends."""
     store = synthetic_set(str(tmp_path))
     render(store, wanted_rows(replicas=1), partial(FakeRenderer, breaking=(KEYS[9],)), TWO, CLUSTER)
-    index = store.index()
+    index = rows_of(store)
     assert index.loc[index["status"] != "ok", "row_key"].tolist() == [KEYS[9]]
 
 

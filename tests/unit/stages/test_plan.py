@@ -6,6 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from raysynth.core.artifacts import Artifact
@@ -13,7 +16,8 @@ from raysynth.core.errors import DataError
 from raysynth.core.experiment import Data, Experiment, Labels, Plan, TrainingSet
 from raysynth.core.schemas import to_parquet
 from raysynth.core.storage import Storage, open_storage
-from raysynth.stages.plan import load_plan, plan, plan_artifact, selected_rows
+from raysynth.stages.plan import load_plan, plan, plan_artifact, wanted_rows
+from raysynth.synth.wanted import unpack
 from tests.unit.data.test_subsets import image_table
 
 
@@ -44,14 +48,19 @@ def test_plan_is_stored_and_read(
     ]  # fmt: skip
     rows = load_plan(storage, artifact)
     assert rows["rank"].to_pylist() == list(range(60))
-    assert selected_rows(experiment(ratio=2), storage, artifact).equals(rows.slice(0, 30))
-    assert selected_rows(experiment(quota={"c0": 0}), storage, artifact, ["row_key"]).num_rows == 40
+    wanted = wanted_rows(experiment(ratio=2), storage, artifact)
+    assert pa.concat_tables(wanted.tables(np.ones(30, bool))).equals(rows.slice(0, 30))
+    assert unpack(wanted.keys).to_pylist() == rows["row_key"].to_pylist()[:30]
+    of_quota = wanted_rows(experiment(quota={"c0": 0}), storage, artifact)
+    kept = rows.filter(pc.equal(rows["label_c0"], 0))
+    assert of_quota.ranks.tolist() == kept["rank"].to_pylist()
+    assert pa.concat_tables(of_quota.tables(np.ones(40, bool))).equals(kept.combine_chunks())
     joint = storage.get(artifact.file("joint.csv")).decode().splitlines()
     assert joint[1] == '"c0",5,0.333333,20,0.333333,5,4'
     assert artifact.run_info()["counts"] == {"rows": 60, "n_real": 15, "cells": 3}
 
 
-def test_the_selected_rows_are_shown_at_each_run_and_their_shares_add_up(
+def test_the_wanted_rows_are_shown_at_each_run_and_their_shares_add_up(
     storage: Storage, images: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:
     e = experiment(over=["label", "sex"], quota={"c0": 0})

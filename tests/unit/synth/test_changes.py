@@ -9,7 +9,7 @@ import pytest
 
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import repair, verify
-from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
+from tests.engine import images, keys_of, render_all, rendered, synthetic_set, wanted_rows
 
 BASE = {"micro_batch": 4, "shard_rows": 8, "workers": 1}
 
@@ -33,7 +33,7 @@ class World:
 
 
 def keys(n: int = 12, replicas: int = 3, seed: int = 0) -> set[str]:
-    return set(wanted_rows(n, replicas, seed).column("row_key").to_pylist())
+    return set(keys_of(wanted_rows(n, replicas, seed)))
 
 
 @pytest.fixture
@@ -128,9 +128,10 @@ def test_files_a_run_leaves(tmp_path: Path) -> None:
     store = synthetic_set(str(tmp_path))
     render_all(store, wanted_rows(n=4), FakeRenderer())
     names = [e.path.removeprefix(store.path + "/") for e in store.storage.list(store.path)]
-    rows = store.waves()[0].rows
+    (rows, _), = store.waves()[0].files
     parts = [store.marker(s)["part"] for s in (0, 1)]
     assert names == sorted([
-        "attempts/00000/0.json", "attempts/00001/0.json", "done/00000.json", "done/00001.json", *parts, "set.json",
+        "attempts/00000/0.json", "attempts/00000/0.start.json", "attempts/00001/0.json",
+        "attempts/00001/0.start.json", "done/00000.json", "done/00001.json", *parts, "set.json",
         "waves/00000.json", rows,
     ])  # fmt: skip

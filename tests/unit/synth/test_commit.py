@@ -23,8 +23,8 @@ def test_sigkill_at_every_write_then_two_processes_resume(any_root: str) -> None
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     verdicts = [json.loads(line) for line in run.stdout.splitlines()]
-    # set.json, rows, wave; attempt, part and marker of two shards: each killed before and after.
-    assert len(verdicts) == 18
+    # set.json, rows, wave; attempt, start, part and marker of two shards: each killed before and after.
+    assert len(verdicts) == 22
     assert [v for v in verdicts if not (v["clean"] and v["same"] and v["ok"] == 12)] == []
 
 

@@ -10,17 +10,18 @@ import pytest
 
 from raysynth.synth.attempts import Attempt, History
 from raysynth.synth.fake import FakeRenderer
+from raysynth.synth.ledger import Ledger, rows_of
 from raysynth.synth.renderer import SickWorker, canary_fault
 from raysynth.synth.shards import ShardRunner
 from raysynth.synth.verify import verify
-from raysynth.synth.waves import extend, pending
-from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
+from raysynth.synth.waves import extend
+from tests.engine import images, keys_of, render_all, rendered, synthetic_set, wanted_rows
 
-KEYS = wanted_rows().column("row_key").to_pylist()
+KEYS = keys_of(wanted_rows())
 
 
 def statuses(root: str) -> dict[str, tuple[str, str]]:
-    index = synthetic_set(root).index()
+    index = rows_of(synthetic_set(root))
     return {k: (s, r) for k, s, r in zip(index["row_key"], index["status"], index["reason"]) if s != "ok"}
 
 
@@ -49,7 +50,7 @@ def test_a_failing_row_fails_alone_after_two_actors(tmp_path: Path, reference: d
 def test_a_row_that_fails_on_one_actor_only_is_ok(tmp_path: Path, reference: dict) -> None:
     store = synthetic_set(str(tmp_path / "set"))
     render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)), rounds=1)
-    assert len(pending(store, wanted_rows())) == 1
+    assert len(Ledger(store).pending(wanted_rows())) == 1
     log = tmp_path / "log"
     render_all(store, wanted_rows(), FakeRenderer(log=str(log)))
     assert rendered(log) == {KEYS[5]}  # the first actor's good rows are kept
@@ -97,16 +98,18 @@ def test_a_deadly_row_is_quarantined_and_no_innocent_fails(
     assert set(failed) == set(bad)
     assert all("died twice" in r for _, r in failed.values())
     assert images(synthetic_set(root)) == {k: v for k, v in reference.items() if k not in bad}
-    # Two deaths before care, halving a micro-batch of four, two deaths alone.
-    assert died <= 6 * len(bad)
+    # One before it was noted, two before care, halving a micro-batch of four, two alone.
+    assert died <= 7 * len(bad)
 
 
 def test_deaths_of_the_machine_quarantine_nobody(tmp_path: Path, reference: dict) -> None:
     """Processes killed while they render innocent rows: the shard becomes careful, its bytes stay the same."""
     store = synthetic_set(str(tmp_path / "set"))
-    extend(store, wanted_rows(), 8, "test")
+    extend(Ledger(store), wanted_rows(), 8, "test")
     for _ in range(3):
-        Attempt(store, 1, "killed").begin()
+        killed = Attempt(store, 1, "killed")
+        killed.begin()
+        killed.start()
     assert Attempt(store, 1, "next").history.careful
     render_all(store, wanted_rows(), FakeRenderer())
     assert statuses(str(tmp_path / "set")) == {}
@@ -115,12 +118,12 @@ def test_deaths_of_the_machine_quarantine_nobody(tmp_path: Path, reference: dict
 
 def test_a_sick_worker_judges_no_row(tmp_path: Path, reference: dict) -> None:
     store = synthetic_set(str(tmp_path / "set"))
-    extend(store, wanted_rows(), 8, "test")
+    extend(Ledger(store), wanted_rows(), 8, "test")
     sick = ShardRunner(store, FakeRenderer(sick_file=str(tmp_path / "sick")), 4)
-    for wave, shard in pending(store, wanted_rows()):
+    for wave, shard in Ledger(store).pending(wanted_rows()):
         with pytest.raises(SickWorker):
             sick.run(wave, shard)
-    assert len(pending(store, wanted_rows())) == 5
+    assert len(Ledger(store).pending(wanted_rows())) == 5
     assert statuses(str(tmp_path / "set")) == {}
     assert not Attempt(store, 0, "next").history.careful
     render_all(store, wanted_rows(), FakeRenderer())
@@ -132,7 +135,7 @@ def test_a_lost_first_opinion_is_rendered_again(tmp_path: Path, reference: dict)
     for damage in (lambda s, f: s.delete(f), lambda s, f: s.put(f, s.get(f)[:-9])):
         store = synthetic_set(str(tmp_path / f"set{id(damage)}"))
         render_all(store, wanted_rows(), FakeRenderer(broken=(KEYS[5],)), rounds=1)
-        failures = Attempt(store, 0, "next").history.failures
+        failures = Attempt(store, 0, "next").history.carried
         assert failures is not None
         damage(store.storage, store.file(failures["part"]))
         render_all(store, wanted_rows(), FakeRenderer())

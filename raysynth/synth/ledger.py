@@ -1,0 +1,168 @@
+"""Where every row of a synthetic set is: 21 bytes a row, so that a driver may keep a hundred million of them.
+
+Built from waves (which rows, in which shards) and names of done and void shards; statuses of rows come from the
+markers of their shards. A row may be in several waves: it was rendered again after it failed, or after its image was
+lost. Knows nothing of plans, and reads no image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from raysynth.synth.sets import SyntheticSet, Wave
+from raysynth.synth.wanted import Wanted, held_by, unpack
+
+ABSENT, FAILED, REJECTED, OK = 0, 1, 2, 3
+STATUSES = ("absent", "failed", "rejected", "ok")
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each of some keys is: arrays (N,); `position` is -1 and `status` ABSENT where no done shard has it."""
+
+    position: np.ndarray
+    shard: np.ndarray
+    place: np.ndarray
+    attempt: np.ndarray
+    status: np.ndarray
+
+    def __getitem__(self, some: slice | np.ndarray) -> Places:
+        return Places(*(getattr(self, f.name)[some] for f in fields(self)))
+
+
+class Ledger:
+    """A reading of one set; `refresh` brings it up to date."""
+
+    def __init__(self, store: SyntheticSet) -> None:
+        self.store = store
+        self.waves: list[Wave] = []
+        self.done: set[int] = set()
+        self.void: set[int] = set()
+        self.starts = np.zeros(1, np.int64)
+        """(shards + 1,) position of each shard's first row."""
+        self.keys = np.zeros(0, "S16")
+        self.order = np.zeros(0, np.int32)
+        """(rows,) positions in the order of `keys`; equal keys oldest first."""
+        self.attempts = np.zeros(0, np.int8)
+        self.refresh()
+
+    def refresh(self) -> Ledger:
+        """Looks at the set again. Waves never change, so that only new ones are read."""
+        # Names of finished shards first: a shard that ends meanwhile is then merely not yet known to be done.
+        self.done, self.void = self.store.done(), self.store.void()
+        waves = self.store.waves()
+        new = waves[len(self.waves) :]
+        self.waves = waves
+        if not new:
+            return self
+        lengths = [n for wave in waves for n in wave.shard_rows]
+        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        before = np.empty_like(self.keys)
+        before[self.order] = self.keys
+        parts = [part for wave in new for part in self.store.wave_keys(wave)]
+        whole = np.concatenate([before, *(keys for keys, _ in parts)])
+        self.attempts = np.concatenate([self.attempts, *(tries for _, tries in parts)])
+        self.order = np.argsort(whole, kind="stable").astype(np.int32)
+        self.keys = whole[self.order]
+        return self
+
+    @property
+    def shards(self) -> int:
+        """Shards of all waves."""
+        return len(self.starts) - 1
+
+    def shard_of(self, position: np.ndarray) -> np.ndarray:
+        """Shard (N,) int32 of each position."""
+        return (np.searchsorted(self.starts, position, side="right") - 1).astype(np.int32)
+
+    def _flags(self, shards: Iterable[int]) -> np.ndarray:
+        """(rows,) bool: the row at each position is in one of the shards."""
+        flags = np.zeros(self.shards, bool)
+        flags[[s for s in shards if s < self.shards]] = True
+        return np.repeat(flags, np.diff(self.starts))
+
+    def frozen(self) -> np.ndarray:
+        """Keys, sorted, of every row that is committed or waits in a frozen shard."""
+        return self.keys[~self._flags(self.void)[self.order]] if self.void else self.keys
+
+    def committed(self) -> np.ndarray:
+        """Keys, sorted, of the rows of done shards."""
+        return self.keys[self._flags(self.done)[self.order]]
+
+    def waiting(self) -> np.ndarray:
+        """Keys, sorted, of the rows of shards that are frozen and not done."""
+        return self.keys[~self._flags(self.done | self.void)[self.order]]
+
+    def pending(self, wanted: Wanted) -> list[tuple[Wave, int]]:
+        """Frozen shards without a marker that hold a wanted row, oldest first."""
+        if len(self.done | self.void) >= self.shards:
+            return []
+        left = np.flatnonzero(~self._flags(self.done | self.void)[self.order])
+        mine = left[held_by(self.keys[left], np.sort(wanted.keys))]
+        shards = set(self.shard_of(np.unique(self.order[mine])).tolist())
+        return [(wave, shard) for wave in self.waves for shard in wave.shards if shard in shards]
+
+    def statuses(self, markers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
+        """(rows,) int8 status by position.
+
+        Args:
+            markers: of every done shard.
+        """
+        found = np.where(self._flags(markers), OK, ABSENT).astype(np.int8)
+        for shard, marker in markers.items():
+            for code, name in ((FAILED, "failed"), (REJECTED, "rejected")):
+                for place in marker[name]:
+                    found[self.starts[shard] + int(place)] = code
+        return found
+
+    def find(self, keys: np.ndarray, statuses: np.ndarray) -> Places:
+        """The record that counts of each key: ok if it is ok in any wave, otherwise the latest."""
+        left, right = (np.searchsorted(self.keys, keys, side=s).astype(np.int32) for s in ("left", "right"))
+        position = np.full(len(keys), -1, np.int32)
+        status = np.zeros(len(keys), np.int8)
+        for k in range(int((right - left).max(initial=0))):
+            inside = np.flatnonzero(left + k < right)
+            at = self.order[left[inside] + k]
+            new = statuses[at]
+            better = (new > ABSENT) & ((new == OK) | (status[inside] != OK))
+            position[inside[better]], status[inside[better]] = at[better], new[better]
+        shard = self.shard_of(position)
+        place = (position - self.starts[np.maximum(shard, 0)]).astype(np.int32)
+        attempt = self.attempts[position] if len(self.attempts) else np.zeros(len(keys), np.int8)
+        return Places(position, shard, place, attempt, status)
+
+    def duplicates(self, statuses: np.ndarray) -> np.ndarray:
+        """Keys with more than one ok image."""
+        fine = self.keys[statuses[self.order] == OK]
+        return np.unique(fine[1:][fine[1:] == fine[:-1]])
+
+
+def rows_table(keys: np.ndarray, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
+    """`row_key, shard, place, attempt, part, status, reason` of keys (N,) and their places."""
+    shards, of = np.unique(places.shard, return_inverse=True)
+    parts = pa.array([markers[s]["part"] if s in markers else None for s in shards.tolist()], pa.string())
+    reasons = [None] * len(keys)
+    for i in np.flatnonzero((places.status == FAILED) | (places.status == REJECTED)).tolist():
+        marker = markers[int(places.shard[i])]
+        reasons[i] = marker[STATUSES[places.status[i]]][str(places.place[i])]
+    return pa.table({
+        "row_key": unpack(keys), "shard": places.shard, "place": places.place,
+        "attempt": places.attempt.astype(np.int32), "part": parts.take(pa.array(of)),
+        "status": pa.array(STATUSES).take(pa.array(places.status)), "reason": pa.array(reasons, pa.string()),
+    })  # fmt: skip
+
+
+def rows_of(store: SyntheticSet) -> pd.DataFrame:
+    """Every row of done shards, one line a key, as `rows_table`: for sets that fit into memory as such."""
+    ledger = Ledger(store)
+    markers = store.markers(ledger.done)
+    keys = np.unique(ledger.keys)
+    places = ledger.find(keys, ledger.statuses(markers))
+    there = np.flatnonzero(places.status > ABSENT)
+    return rows_table(keys[there], places[there], markers).to_pandas()
