@@ -7,7 +7,9 @@ only one worth retrying.
 from __future__ import annotations
 
 import builtins
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -194,7 +196,7 @@ def quickstart(
 
 def environment_fault(error: BaseException) -> str | None:
     """What of storage or cluster broke, in a line; None if `error` is the program's own."""
-    from raysynth.core.storage import is_storage_fault
+    from raysynth.core.faults import is_storage_fault, storage_words
 
     kinds = {c.__name__: c.__module__ for c in type(error).__mro__}
     if "RayTaskError" in kinds:
@@ -203,18 +205,24 @@ def environment_fault(error: BaseException) -> str | None:
         named = last.split(":")[0].rpartition(".")[2]
         kind = getattr(builtins, named, None)
         return last if "botocore" in last or (isinstance(kind, type) and issubclass(kind, OSError)) else None
-    if kinds.get("RayError") or is_storage_fault(error):
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    return None
+    if is_storage_fault(error):
+        return storage_words(error)
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if kinds.get("RayError") else None
 
 
-def main() -> None:
-    """Entry point: errors of raysynth become one message and an exit code; everything else is a bug's traceback."""
+def guarded(work: Callable[[], object]) -> None:
+    """Does the work; errors of raysynth, SIGTERM and faults of storage or cluster become one message and an exit code,
+    everything else is a bug's traceback."""
+    # Ray sets the same handler once it is up; rendering has one of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
     try:
-        app()
+        work()
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C
             say("interrupted: nothing is lost, the same command goes on from here")
+        if done.code == signal.SIGTERM:
+            say("error: stopped by SIGTERM. Nothing is lost; the same command goes on from here.")
+            sys.exit(4)
         raise
     except RaysynthError as error:
         console.print("[bold red]error[/] ", end="")
@@ -226,3 +234,8 @@ def main() -> None:
             raise
         say(f"error: storage or cluster: {fault}. Nothing is lost; the same command goes on from here.")
         sys.exit(4)
+
+
+def main() -> None:
+    """Entry point."""
+    guarded(app)

@@ -10,7 +10,8 @@ import time
 import uuid
 from types import TracebackType
 
-from raysynth.core.storage import Storage, is_storage_fault
+from raysynth.core.faults import is_storage_fault
+from raysynth.core.storage import Storage
 
 BEAT_S = 10.0
 LOOK_EVERY_S = 2.0

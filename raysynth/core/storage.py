@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from raysynth.core.errors import EnvironmentFault
+from raysynth.core.faults import code_of, storage_words
 
 CONFLICT_TRIES = 20
 
@@ -33,11 +34,6 @@ class Entry:
     size: int
     etag: str
     modified: float = 0.0
-
-
-def is_storage_fault(error: BaseException) -> bool:
-    """Whether the store, not the program, is at fault: disk full, connection lost, credentials refused."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("botocore.")
 
 
 class Storage:
@@ -113,8 +109,8 @@ class Storage:
             raise
         except Exception as error:
             raise EnvironmentFault(
-                f"root {self.root} cannot be written ({type(error).__name__}: {error}). "
-                "Check that it exists, the credentials, and AWS_ENDPOINT_URL for stores other than AWS."
+                f"root {self.root} cannot be written ({storage_words(error)}). "
+                "Check that it exists, and AWS_ENDPOINT_URL for stores other than AWS."
             ) from error
         if not first or second:
             raise EnvironmentFault(
@@ -206,7 +202,11 @@ class LocalStorage(Storage):
 
 
 class S3Storage(Storage):
-    """A prefix in an S3 bucket, through s3fs. Endpoint and credentials come from the usual AWS variables."""
+    """A prefix in an S3 bucket, through s3fs. Endpoint and credentials come from the usual AWS variables.
+
+    Time-outs and retries of botocore are set as for any fsspec program:
+    `FSSPEC_S3='{"config_kwargs": {"read_timeout": 60, "retries": {"max_attempts": 12}}}'`.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
@@ -217,12 +217,14 @@ class S3Storage(Storage):
     def fs(self) -> Any:
         """The s3fs file system, made on first use in each process."""
         if self._connection is None:
+            import fsspec.config
             import s3fs
 
+            config = {"retries": {"max_attempts": 8, "mode": "adaptive"}}
             self._connection = s3fs.S3FileSystem(
                 use_listings_cache=False,
                 endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-                config_kwargs={"retries": {"max_attempts": 8, "mode": "adaptive"}},
+                config_kwargs=config | fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
             )
         return self._connection
 
@@ -243,7 +245,7 @@ class S3Storage(Storage):
                 return self._is_ours(path, data)
             except OSError as error:
                 # s3fs knows AWS's full answer only; other stores say the bare code.
-                code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+                code = code_of(error)
                 if code in ("PreconditionFailed", "412"):
                     return self._is_ours(path, data)
                 if code not in ("ConditionalRequestConflict", "409"):

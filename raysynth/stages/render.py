@@ -21,8 +21,8 @@ from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
+from raysynth.core.faults import is_storage_fault, storage_words
 from raysynth.core.progress import Progress, say
-from raysynth.core.storage import is_storage_fault
 from raysynth.stages.cluster import Resources, quiet_data_context
 from raysynth.synth.renderer import Renderer, SickWorker, canary_fault
 from raysynth.synth.sets import SyntheticSet, Wave
@@ -34,6 +34,7 @@ PATIENCE_S = 10.0  # a sick worker lets the others start this long before it tur
 NAP_S = 5.0  # and holds each shard so long while they work
 MAX_FAULTS = 3  # shards in a row that storage refused; s3fs has retried each request by then
 SUMMED = ("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s")
+MAX_INIT_DEATHS = 5  # actors in a row that died while they loaded the renderer
 CALLS_PER_ACTOR = 3  # one shard renders, one is loaded and waits, one encodes and commits
 TASKS_PER_ACTOR = 6  # Ray Data grows a pool only while tasks in flight per concurrent call >= 1.75
 LOOK_EVERY_S = 2.0  # an actor looks so often whether its driver was told to stop
@@ -86,7 +87,7 @@ class RenderActor:
             # Raised here it would reach the user as an actor's death; as a row it keeps its words.
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 - one bad device must not end the others' run
-            self.sickness = f"{type(error).__name__}: {error}"
+            self.sickness = storage_words(error) if is_storage_fault(error) else f"{type(error).__name__}: {error}"
         threading.Thread(target=self._watch, args=(_sigterm_pipe(),), daemon=True).start()
 
     def _watch(self, terminated: int | None) -> None:
@@ -137,7 +138,7 @@ class RenderActor:
         except Exception as error:
             if not is_storage_fault(error):
                 raise
-            return _uncommitted("storage", shard, f"{type(error).__name__}: {error}")
+            return _uncommitted("storage", shard, storage_words(error))
 
     def _let_others_work(self) -> None:
         """A sick worker that answered at once would drain the queue before the healthy ones get a shard."""
@@ -212,14 +213,17 @@ def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Sett
         try:
             return job.settle(job.factory())
         except Exception as error:  # noqa: BLE001 - told in words, below
-            return f"{type(error).__name__}: {error}"
+            return storage_words(error) if is_storage_fault(error) else f"{type(error).__name__}: {error}"
 
     found: Settled | str = ""
     for _ in range(MAX_IDLE_ROUNDS):
         found = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(measure).remote())
         if isinstance(found, Settled):
             return found
-    raise EnvironmentFault(f"the renderer cannot be measured: {found}")
+    raise EnvironmentFault(
+        f"the renderer cannot be measured: {found}. Check the device and the weights; nothing is lost, the same "
+        "command goes on from here."
+    )
 
 
 def run_rounds(
@@ -259,8 +263,8 @@ def run_rounds(
                 faults = faults + 1 if row["outcome"] == "storage" else 0
                 if faults >= MAX_FAULTS:
                     raise EnvironmentFault(
-                        f"root {job.store.storage.root}: {row['reason']}. Nothing is lost: mend the storage, then the "
-                        "same command goes on from here."
+                        f"root {job.store.storage.root}: {row['reason']}. Nothing is lost: the same command then goes "
+                        "on from here."
                     )
                 sick += row["outcome"] == "sick"
                 moved += row["outcome"] in ("committed", "already", "second opinion", "stopped")
@@ -326,6 +330,8 @@ def _round(job: RenderJob, shards: list[tuple[Wave, int]], compute: Compute, res
     context.execution_no_progress_timeout_s = max(
         context.execution_no_progress_timeout_s, round(30 * compute.shard_seconds)
     )
+    # A node may be taken away while an actor on it loads its weights; one that always dies there ends the run.
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     workers, cpus, gpus = worker_shape(compute, resources)
     workers = min(workers, len(shards))
     items = [{"wave": wave.number, "shard": shard} for wave, shard in shards]

@@ -20,8 +20,8 @@ from typing import Any
 
 from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.experiment import Compute
+from raysynth.core.faults import is_storage_fault
 from raysynth.core.lease import Lease, holder_of
-from raysynth.core.storage import is_storage_fault
 from raysynth.stages.sweep_table import SweepTable
 from raysynth.stages.train_classifier import ClassifierTask
 from raysynth.stages.train_generator import slots
