@@ -10,6 +10,7 @@ import builtins
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,12 +136,17 @@ def report(file: File, words: Words = None) -> None:
 
 
 @app.command()
-def status(file: File, words: Words = None) -> None:
+def status(
+    file: File,
+    words: Words = None,
+    watch: Annotated[float | None, typer.Option("--watch", min=0.1, help="Look again every so many seconds.")] = None,
+) -> None:
     """What is done and running, images/s, time left and cost so far; from any machine that sees the root."""
-    from raysynth.stages.overview import show_status
     from raysynth.stages.pipeline import Pipeline
+    from raysynth.stages.status import show_status
 
-    show_status(Pipeline(_load(file, words)))
+    with suppress(KeyboardInterrupt):  # the way to end a watch
+        show_status(Pipeline(_load(file, words)), watch)
 
 
 @app.command()
@@ -154,6 +160,26 @@ def verify(
     from raysynth.stages.pipeline import Pipeline
 
     verify_set(Pipeline(_load(file, words)), repair)
+
+
+@app.command()
+def export(
+    file: File,
+    words: Words = None,
+    to: Annotated[str, typer.Option("--to", help="huggingface, webdataset or folders.")] = "huggingface",
+    out: Annotated[str, typer.Option("--out", help="An empty folder or s3://bucket/prefix.")] = "",
+    file_mb: Annotated[int, typer.Option("--file-mb", help="Megabytes a file, about.")] = 500,
+    arm: Annotated[str | None, typer.Option("--arm", help="Whose images, where a sweep has several.")] = None,
+) -> None:
+    """The generated images as a data set with a data card, for datasets, webdataset or torchvision."""
+    from raysynth.stages.export import export, rendered_by
+    from raysynth.stages.noise import without_ray_noise
+    from raysynth.stages.pipeline import Pipeline
+
+    pipeline = Pipeline(_load(file, words))
+    source = rendered_by(pipeline, arm)
+    with without_ray_noise():
+        export(source.generated, source.images, to, out, lambda: pipeline.resources, file_mb)
 
 
 @app.command()

@@ -21,13 +21,15 @@ from raysynth.core.errors import EnvironmentFault, GateFailed
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import content_digest
 from raysynth.core.lease import Lease
-from raysynth.core.progress import Progress, duration, say
+from raysynth.core.progress import duration, say
 from raysynth.core.schemas import from_parquet, stream_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
+from raysynth.stages.live import Rendering, RenderView
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
+from raysynth.stages.telemetry import RenderMetrics
 from raysynth.synth.ledger import ABSENT, FAILED, STATUSES, Ledger, Places, rows_table
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
 from raysynth.synth.sets import SyntheticSet, is_content
@@ -149,9 +151,14 @@ def render(
                     f"{len(wave.shard_rows):,} shards of up to {size:,}")  # fmt: skip
         left = ledger.pending(wanted)
         todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in left)
-        with Progress("generate", len(wanted), "images", done=max(0, len(wanted) - todo)) as progress:
+        _, _, gpus_each = worker_shape(compute, resources)
+        rendering = Rendering(
+            f"generate {store.name}", len(wanted), max(0, len(wanted) - todo), gpus_each, compute.price_per_gpu_hour
+        )
+        metrics = RenderMetrics(store.path.rpartition("/")[2], len(wanted), gpus_each)
+        with RenderView(rendering, metrics.add) as view:
             return run_rounds(
-                job, lambda: ledger.refresh().pending(wanted), compute, resources, progress,
+                job, lambda: ledger.refresh().pending(wanted), compute, resources, view,
                 backwards=bool(lease.others),
             )  # fmt: skip
 
@@ -199,6 +206,8 @@ def _conclude(
     rate = f", {len(wanted) / seconds:.1f} images/s a worker" if seconds else ""
     say(f"generate: {counts['ok']:,} ok, {counts['failed']:,} failed in {duration(seconds)} of rendering{rate}; "
         f"{artifact.path}")  # fmt: skip
+    if counts["failed"]:
+        say(f"generate: the failed rows, with reasons: {artifact.storage.url(artifact.file('failed.parquet'))}")
     return artifact
 
 

@@ -22,8 +22,9 @@ from typing import Any
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault, storage_words
-from raysynth.core.progress import Progress, say
+from raysynth.core.progress import say
 from raysynth.stages.cluster import Resources, quiet_data_context
+from raysynth.stages.live import RenderView
 from raysynth.synth.renderer import Renderer, SickWorker, canary_fault
 from raysynth.synth.sets import SyntheticSet, Wave
 from raysynth.synth.settle import Settled, read_settled, settle
@@ -188,7 +189,7 @@ def _sigterm_pipe() -> int | None:
 
 
 def _uncommitted(outcome: str, shard: int, reason: str) -> dict[str, Any]:
-    who = {"actor": "", "worker": ""}
+    who = {"actor": "", "worker": "", "attempt": 0}
     return {"outcome": outcome, "shard": shard, "reason": reason, **who, **dict.fromkeys(SUMMED, 0.0)}
 
 
@@ -231,7 +232,7 @@ def run_rounds(
     pending: Callable[[], list[tuple[Wave, int]]],
     compute: Compute,
     resources: Resources,
-    progress: Progress,
+    view: RenderView,
     backwards: bool = False,
 ) -> dict[str, float]:
     """Renders until `pending()` is empty.
@@ -271,7 +272,7 @@ def run_rounds(
                 reason = row["reason"] or reason
                 for key in SUMMED:
                     sums[key] += row[key]
-                progress.advance(int(row["ok"] + row["failed"] + row["rejected"]), failed=int(row["failed"]))
+                view.add(row)
                 if stopping.is_set():
                     drained |= {row["actor"]} if row["outcome"] == "stopped" else set()
                     if len(drained) >= workers or time.monotonic() > stopping.since + DRAIN_S:
@@ -320,6 +321,11 @@ def _stop_on_sigterm(job: RenderJob) -> Iterator[_Stopping]:
             storage.delete(job.stop_file)
 
 
+def actor_of(job: RenderJob) -> type[RenderActor]:
+    """The actor under a name that says, in Ray's dashboard and in `ps`, what it renders and with which weights."""
+    return type(f"Render({job.store.name} by {job.store.identity['generator_id'][:8]})", (RenderActor,), {})
+
+
 def _round(job: RenderJob, shards: list[tuple[Wave, int]], compute: Compute, resources: Resources) -> Any:
     """Statistics rows of one pass over the shards, as they come in."""
     import ray.data
@@ -340,7 +346,7 @@ def _round(job: RenderJob, shards: list[tuple[Wave, int]], compute: Compute, res
         max_concurrent_calls_per_actor=CALLS_PER_ACTOR, enable_true_multi_threading=True,
     )  # fmt: skip
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        RenderActor, fn_constructor_kwargs={"job": job}, batch_size=1, batch_format="numpy", compute=pool,
+        actor_of(job), fn_constructor_kwargs={"job": job}, batch_size=1, batch_format="numpy", compute=pool,
         num_cpus=cpus, num_gpus=gpus or None,
     )  # fmt: skip
     rows.set_name(f"render-{job.store.name}")

@@ -41,8 +41,9 @@ IDENTITY_COLUMNS = ("generator_id", "sampler", "steps", "guidance_scale", "guida
 
 @dataclass
 class Timing:
-    """Seconds of one shard's steps; `render` is time that held the device."""
+    """Seconds of one shard's steps; `render` is time that held the device, from `began` (seconds since 1970)."""
 
+    began: float = 0.0
     load: float = 0.0
     render: float = 0.0
     encode: float = 0.0
@@ -125,7 +126,7 @@ class ShardRunner:
         notes: list[Future] = []
         try:
             with self.device:
-                began = time.perf_counter()
+                timing.began, began = time.time(), time.perf_counter()
                 # That rendering starts is noted beside it: the device need not wait for storage. Where processes
                 # ended before they could say so it waits: a row may kill faster than a note is written.
                 if attempt.history.cautious:
@@ -183,12 +184,14 @@ class ShardRunner:
             "ok": statuses.count("ok"),
             "failed": {str(i): reasons[i] for i, s in enumerate(statuses) if s == "failed"},
             "rejected": {str(i): reasons[i] for i, s in enumerate(statuses) if s == "rejected"},
-            "facts": self.facts, "finished": round(time.time(), 3), "actor": self.actor, "worker": self.worker,
+            "facts": self.facts, "began": round(timing.began, 3),
+            "finished": round(time.time(), 3), "actor": self.actor, "worker": self.worker,
             "attempt": attempt.number,
         }  # fmt: skip
         won = self.store.commit(shard, marker)
         timing.commit = time.perf_counter() - began
-        return self._statistics("committed" if won else "already", shard, timing, statuses if won else [])
+        outcome = "committed" if won else "already"
+        return self._statistics(outcome, shard, timing, statuses if won else [], attempt.number)
 
     def _rows(self, table: pa.Table) -> list[Row]:
         columns = [n for n in table.column_names if n.startswith((LABEL, ATTRIBUTE)) or n == "prompt"]
@@ -233,9 +236,12 @@ class ShardRunner:
             filled.append(row)
         return pa.Table.from_pylist(filled, schema=schema)
 
-    def _statistics(self, outcome: str, shard: int, timing: Timing, statuses: list[str]) -> dict[str, Any]:
+    def _statistics(
+        self, outcome: str, shard: int, timing: Timing, statuses: list[str], attempt: int = 0
+    ) -> dict[str, Any]:
         return {
             "outcome": outcome, "shard": shard, "actor": self.actor, "worker": self.worker, "reason": "",
-            "ok": statuses.count("ok"), "failed": statuses.count("failed"), "rejected": statuses.count("rejected"),
+            "attempt": attempt, "ok": statuses.count("ok"),
+            "failed": statuses.count("failed"), "rejected": statuses.count("rejected"),
             "load_s": timing.load, "render_s": timing.render, "encode_s": timing.encode, "commit_s": timing.commit,
         }  # fmt: skip

@@ -1,0 +1,192 @@
+"""What a person sees of rendering: a view that is redrawn in place in a terminal, one quiet line every 10 s elsewhere.
+
+`draw` makes the picture of a `Rendering`; `raysynth status` shows the same from markers. Input: rows of statistics as
+they come in. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from raysynth.core.progress import duration, say
+from raysynth.synth.throughput import Throughput
+
+REDRAWN_A_SECOND = 2
+QUIET_S = 10.0
+BAR = 20
+"""Columns of an actor's busy bar; it is left out of terminals narrower than four of them."""
+
+
+@dataclass
+class Rendering:
+    """A set being rendered: what `draw` draws and `line` says."""
+
+    name: str
+    wanted: int
+    done: int
+    gpus_each: float = 0.0
+    """GPUs of one actor; 0 where CPUs render."""
+    price: float | None = None
+    """Currency units a GPU hour."""
+    sums: Throughput = field(default_factory=Throughput)
+    failed: int | None = None
+    """Wanted rows that failed, where that is known better than by the sums."""
+    rejected: int | None = None
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Seconds of rendering x GPUs of an actor."""
+        return self.sums.render_s * self.gpus_each
+
+    @property
+    def cost(self) -> float | None:
+        """Currency units so far; None without a price or without GPUs."""
+        return self.gpu_seconds / 3600 * self.price if self.price is not None and self.gpus_each else None
+
+    def speed(self, now: float) -> list[str]:
+        """Rates, busy share, time left."""
+        s = self.sums
+        rate, left, busy = s.rate(now), s.left_s(self.wanted - self.done, now), s.busy(now)
+        said = [f"{rate:,.1f} images/s now" if rate else "", f"{s.average:,.1f} on average" if s.average else ""]
+        said.append(f"busy {busy:.0%}" if busy is not None else "")
+        said.append(f"{duration(left)} left" if left is not None else "")
+        return [text for text in said if text]
+
+    def counts(self) -> list[str]:
+        """What went wrong, and what it cost."""
+        s = self.sums
+        failed = s.failed if self.failed is None else self.failed
+        rejected = s.rejected if self.rejected is None else self.rejected
+        said = [f"{failed:,} failed", f"{rejected:,} rejected", f"{s.retried:,} of {s.shards:,} shards retried"]
+        if self.gpus_each:
+            said.append(f"{self.gpu_seconds:,.0f} GPU seconds")
+        if self.cost is not None:
+            said.append(f"cost {self.cost:,.2f}")
+            if s.ok:
+                said.append(f"{1000 * self.cost / s.ok:,.3f} per thousand accepted")
+        return said
+
+    def line(self, now: float) -> str:
+        """All of it but the actors, in one line."""
+        return "  ".join([f"{self.name}: {self.done:,}/{self.wanted:,} images", *self.speed(now), *self.counts()])
+
+
+@dataclass
+class Picture:
+    """A drawing of `rendering` that fits the terminal it is printed on.
+
+    Attributes:
+        spare: lines that something else on the screen needs.
+        lock: held while it is drawn.
+    """
+
+    rendering: Rendering
+    now: Callable[[], float] = time.time
+    spare: int = 2
+    lock: AbstractContextManager[Any] = field(default_factory=nullcontext)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with self.lock:
+            parts = self._parts(console, options)
+        yield from parts
+
+    def _parts(self, console: Console, options: ConsoleOptions) -> list[RenderableType]:
+        r, now, width = self.rendering, self.now(), options.max_width
+        head = [Text(f"{r.name}: {r.done:,}/{r.wanted:,} images", style="bold")]
+        head += [Text(text) for text in r.speed(now) or ["waiting for the first shard"]]
+        parts: list[RenderableType] = [*_flow(head, width)]
+        parts.append(ProgressBar(total=max(1, r.wanted), completed=r.done, width=width))
+        parts += _flow([Text(text) for text in r.counts()], width)
+        actors = r.sums.working(now)
+        if not actors:
+            return parts
+        # Without a terminal nothing scrolls away.
+        room = max(1, (console.height if console.is_terminal else 10_000) - len(parts) - self.spare - 2)
+        shown = actors if len(actors) <= room else actors[: room - 1]
+        wide = width >= 4 * BAR
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        table.add_column("actor", no_wrap=True, overflow="ellipsis")
+        if wide:
+            table.add_column("", no_wrap=True, width=BAR)
+        for name in ("busy", "images/s", "images", "last shard"):
+            table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
+        for p in shown:
+            bar = [ProgressBar(total=1.0, completed=p.busy, width=BAR)] if wide else []
+            ago = f"{duration(max(0.0, now - p.last))} ago"
+            table.add_row(p.worker, *bar, f"{p.busy:.0%}", f"{p.rate:,.1f}", f"{p.rows:,}", ago)
+        parts.append(table)
+        if len(shown) < len(actors):
+            least = actors[len(shown)].busy
+            parts.append(Text(f"and {len(actors) - len(shown):,} more, at least {least:.0%} busy", style="dim"))
+        return parts
+
+
+def _flow(words: list[Text], width: int) -> list[Text]:
+    """Phrases side by side, broken between them where a line is full, cut where one alone is too long."""
+    lines = [Text(no_wrap=True, overflow="ellipsis")]
+    for word in words:
+        if lines[-1].cell_len and lines[-1].cell_len + 3 + word.cell_len > width:
+            lines.append(Text(no_wrap=True, overflow="ellipsis"))
+        lines[-1].append("   " if lines[-1].cell_len else "").append_text(word)
+    return lines
+
+
+class RenderView:
+    """Shows a rendering while this context lasts; ends with one plain line.
+
+    Args:
+        rendering: what is shown; its sums and done rows grow by `add`.
+        also: told of every row too, with the sums, the rows done and the time (metrics).
+        every_s: seconds between lines where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        rendering: Rendering,
+        also: Callable[[Mapping[str, Any], Throughput, int, float], None] | None = None,
+        every_s: float = QUIET_S,
+    ) -> None:
+        self.rendering, self.also, self.every_s = rendering, also, every_s
+        self.shown, self.began = time.monotonic(), time.monotonic()
+        self._lock = threading.Lock()
+        # A console of its own: the common one never wraps, and lines longer than the screen break a redrawn region.
+        console = Console(highlight=False)
+        self._live = Live(
+            Picture(rendering, lock=self._lock), console=console, refresh_per_second=REDRAWN_A_SECOND, transient=True,
+        ) if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal else None  # fmt: skip
+
+    def __enter__(self) -> RenderView:
+        if self._live:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+        say(f"{self.rendering.line(time.time())}  {duration(time.monotonic() - self.began)} in all")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """One row of statistics came in."""
+        now = time.time()
+        with self._lock:
+            r = self.rendering
+            r.sums.add_row(row, now)
+            r.done += int(row["ok"] + row["failed"] + row["rejected"])
+            if self.also:
+                self.also(row, r.sums, r.done, now)
+        if not self._live and time.monotonic() - self.shown >= self.every_s:
+            self.shown = time.monotonic()
+            say(self.rendering.line(now))
