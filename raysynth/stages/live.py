@@ -6,7 +6,6 @@ they come in. Knows nothing of Ray.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,17 +16,20 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raysynth.core.progress import duration, say
+from raysynth.core.progress import console, duration, say
 from raysynth.synth.throughput import Throughput
 
 REDRAWN_A_SECOND = 2
 QUIET_S = 10.0
 BAR = 20
-"""Columns of an actor's busy bar; it is left out of terminals narrower than four of them."""
+"""Columns of an actor's busy bar."""
+WIDE, NARROW = 80, 60
+"""Columns of a terminal that has room for the bars; of one that is too narrow for counts and times of actors."""
 
 
 @dataclass
@@ -57,10 +59,10 @@ class Rendering:
         return self.gpu_seconds / 3600 * self.price if self.price is not None and self.gpus_each else None
 
     def speed(self, now: float) -> list[str]:
-        """Rates, busy share, time left."""
+        """Rates, busy share, time left; of a finished rendering the average only."""
         s = self.sums
         rate, left, busy = s.rate(now), s.left_s(self.wanted - self.done, now), s.busy(now)
-        said = [f"{rate:,.1f} images/s now" if rate else "", f"{s.average:,.1f} on average" if s.average else ""]
+        said = [f"{rate:,.1f} images/s now" if left else "", f"{s.average:,.1f} images/s on average" if s.rows else ""]
         said.append(f"busy {busy:.0%}" if busy is not None else "")
         said.append(f"{duration(left)} left" if left is not None else "")
         return [text for text in said if text]
@@ -108,30 +110,32 @@ class Picture:
         head = [Text(f"{r.name}: {r.done:,}/{r.wanted:,} images", style="bold")]
         head += [Text(text) for text in r.speed(now) or ["waiting for the first shard"]]
         parts: list[RenderableType] = [*_flow(head, width)]
-        parts.append(ProgressBar(total=max(1, r.wanted), completed=r.done, width=width))
+        parts.append(Padding(ProgressBar(total=max(1, r.wanted), completed=r.done, width=width), 0))  # ends its line
         parts += _flow([Text(text) for text in r.counts()], width)
         actors = r.sums.working(now)
         if not actors:
             return parts
         # Without a terminal nothing scrolls away.
-        room = max(1, (console.height if console.is_terminal else 10_000) - len(parts) - self.spare - 2)
+        room = max(2, (console.height if console.is_terminal else 10_000) - len(parts) - self.spare - 2)
         shown = actors if len(actors) <= room else actors[: room - 1]
-        wide = width >= 4 * BAR
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("actor", no_wrap=True, overflow="ellipsis")
-        if wide:
+        if width >= WIDE:
             table.add_column("", no_wrap=True, width=BAR)
-        for name in ("busy", "images/s", "images", "last shard"):
-            table.add_column(name, justify="right", no_wrap=True, overflow="ellipsis")
+        for name in ("busy", "images/s", "images", "last shard")[: 4 if width >= NARROW else 2]:
+            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
         for p in shown:
-            bar = [ProgressBar(total=1.0, completed=p.busy, width=BAR)] if wide else []
-            ago = f"{duration(max(0.0, now - p.last))} ago"
-            table.add_row(p.worker, *bar, f"{p.busy:.0%}", f"{p.rate:,.1f}", f"{p.rows:,}", ago)
+            bar = [ProgressBar(total=1.0, completed=p.busy or 0.0, width=BAR)] if width >= WIDE else []
+            cells = [_share(p.busy), f"{p.rate:,.1f}", f"{p.rows:,}", f"{duration(max(0.0, now - p.last))} ago"]
+            table.add_row(p.worker, *bar, *cells[: 4 if width >= NARROW else 2])
         parts.append(table)
         if len(shown) < len(actors):
-            least = actors[len(shown)].busy
-            parts.append(Text(f"and {len(actors) - len(shown):,} more, at least {least:.0%} busy", style="dim"))
+            parts.append(Text(f"and {len(actors) - len(shown):,} more, no less busy", style="dim", no_wrap=True))
         return parts
+
+
+def _share(busy: float | None) -> str:
+    return "-" if busy is None else f"{busy:.0%}"
 
 
 def _flow(words: list[Text], width: int) -> list[Text]:
@@ -162,11 +166,11 @@ class RenderView:
         self.rendering, self.also, self.every_s = rendering, also, every_s
         self.shown, self.began = time.monotonic(), time.monotonic()
         self._lock = threading.Lock()
-        # A console of its own: the common one never wraps, and lines longer than the screen break a redrawn region.
-        console = Console(highlight=False)
-        self._live = Live(
-            Picture(rendering, lock=self._lock), console=console, refresh_per_second=REDRAWN_A_SECOND, transient=True,
-        ) if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal else None  # fmt: skip
+        self._live: Live | None = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            picture = Picture(rendering, lock=self._lock)
+            # The common console, so that what others say meanwhile comes above the view.
+            self._live = Live(picture, console=console, refresh_per_second=REDRAWN_A_SECOND, transient=True)
 
     def __enter__(self) -> RenderView:
         if self._live:
@@ -176,7 +180,7 @@ class RenderView:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
-        say(f"{self.rendering.line(time.time())}  {duration(time.monotonic() - self.began)} in all")
+        say(f"{self.rendering.line(time.time())}  in {duration(time.monotonic() - self.began)}")
 
     def add(self, row: Mapping[str, Any]) -> None:
         """One row of statistics came in."""

@@ -62,7 +62,7 @@ class RenderMetrics:
                 self.gpu_seconds.inc(float(row["render_s"]) * self.gpus_each)
         self.done.set(done)
         self.rate.set(sums.rate(now))
-        here = {p.worker: p.busy for p in sums.working(now)}
+        here = {p.worker: p.busy for p in sums.working(now) if p.busy is not None}
         for worker in self.told - here.keys():
             self.busy.set(0.0, {"worker": worker})  # a gauge would keep a dead worker's last word
         for worker, share in here.items():

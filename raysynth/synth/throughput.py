@@ -45,12 +45,12 @@ class Pace:
             self.recent.pop(0)
 
     @property
-    def busy(self) -> float:
-        """Share of its time, from its first shard to its latest, in which it rendered.
+    def busy(self) -> float | None:
+        """Share of its time, from its first shard to its latest, in which it rendered; None before the second shard.
 
         What it is rendering now is left out on both sides, so that long shards do not look like idling.
         """
-        return min(1.0, self.render_s / max(self.last - self.first, 1e-9))
+        return min(1.0, self.render_s / max(self.last - self.first, 1e-9)) if self.shards > 1 else None
 
     @property
     def rate(self) -> float:
@@ -130,7 +130,7 @@ class Throughput:
 
     def working(self, now: float) -> list[Pace]:
         """Actors that may be at work, the least busy first: those are what one looks for."""
-        return sorted((p for p in self.actors.values() if p.working(now)), key=lambda p: (p.busy, p.worker))
+        return sorted((p for p in self.actors.values() if p.working(now)), key=_busy_then_name)
 
     def rate(self, now: float) -> float:
         """Rows/s of all actors at work, each over its last minute."""
@@ -142,8 +142,8 @@ class Throughput:
         return self.rows / self.running_s if self.running_s else 0.0
 
     def busy(self, now: float) -> float | None:
-        """Share of the time of the actors at work in which they rendered; None before the first shard."""
-        here = self.working(now)
+        """Share of the time of the actors at work in which they rendered; None before one has two shards."""
+        here = [p for p in self.working(now) if p.shards > 1]
         wall = sum(p.last - p.first for p in here)
         return min(1.0, sum(p.render_s for p in here) / wall) if wall else None
 
@@ -151,3 +151,7 @@ class Throughput:
         """Seconds until `rows` more are done, at the present rate; None where nobody is at work."""
         rate = self.rate(now)
         return rows / rate if rate and rows > 0 else None
+
+
+def _busy_then_name(pace: Pace) -> tuple[float, str]:
+    return (2.0 if pace.busy is None else pace.busy), pace.worker
