@@ -172,10 +172,11 @@ def export(
     arm: Annotated[str | None, typer.Option("--arm", help="Whose images, where a sweep has several.")] = None,
 ) -> None:
     """The generated images as a data set with a data card, for datasets, webdataset or torchvision."""
-    from raysynth.stages.export import export, rendered_by
+    from raysynth.stages.export import check_options, export, rendered_by
     from raysynth.stages.noise import without_ray_noise
     from raysynth.stages.pipeline import Pipeline
 
+    check_options(to, out, file_mb)
     pipeline = Pipeline(_load(file, words))
     source = rendered_by(pipeline, arm)
     with without_ray_noise():

@@ -109,14 +109,19 @@ def export(
     return job.out.root
 
 
-def begin(
-    generated: Artifact, images: Artifact, to: str, out: str, file_mb: int = FILE_MB
-) -> tuple[Export, list[Group]]:
-    """Takes the folder for this export and cuts the artifact's ok rows into groups."""
+def check_options(to: str, out: str, file_mb: int) -> None:
+    """Raises ConfigError for options that no export has."""
     near = difflib.get_close_matches(to, FORMATS, n=1)
     require(to in FORMATS, "--to", to, f"one of {', '.join(FORMATS)}", f"Did you mean {near[0]}?" if near else "")
     require(bool(out), "--out", out, "a folder or s3://bucket/prefix, empty or with this export begun in it")
     require(file_mb >= 1, "--file-mb", file_mb, ">= 1 (megabytes a file)")
+
+
+def begin(
+    generated: Artifact, images: Artifact, to: str, out: str, file_mb: int = FILE_MB
+) -> tuple[Export, list[Group]]:
+    """Takes the folder for this export and cuts the artifact's ok rows into groups."""
+    check_options(to, out, file_mb)
     digest = generated.digest()
     storage, target = generated.storage, open_storage(out)
     vocabulary = json.loads(storage.get(images.file("vocabulary.json")))
@@ -265,7 +270,7 @@ def write_side_by_side(job: Export, groups: list[Group], resources: Resources) -
 
 
 def finish(job: Export, generated: Artifact, images: Artifact, books: dict[int, dict[str, Any]]) -> None:
-    """Writes what is about the whole: the folders' `metadata.csv`, and the data card last."""
+    """Writes what is about the whole: `metadata.csv` of class folders, and the data card last."""
     ordered = [books[number] for number in sorted(books)]
     card = data_card(Source.read(generated, images), job.to, job.vocabulary, ordered).encode()
     try:

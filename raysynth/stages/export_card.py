@@ -44,7 +44,8 @@ class Source:
     """set.json: what makes pixels."""
     generator: Mapping[str, Any]
     """generator.json of the exported generator."""
-    generator_folder: str
+    taken_from: str
+    """Where the generator, or the whole set, was taken from, if it was made elsewhere."""
     images: Mapping[str, Any]
     """run.json of the ingest artifact."""
     paths: Mapping[str, tuple[str, str]]
@@ -71,7 +72,8 @@ class Source:
             "generator weights": (folder, facts.get("weights_sha256", "")),
             "real images": (images.path, images.digest()),
         }
-        return cls(generated.name, run, identity, facts, folder, images.run_info(), paths)
+        taken_from = record(f"{folder}/run.json").get("taken_from") or "" if folder else ""
+        return cls(generated.name, run, identity, facts, taken_from, images.run_info(), paths)
 
     @property
     def licence(self) -> str:
@@ -119,7 +121,7 @@ def _head(source: Source, to: str, vocabulary: Vocabulary, splits: Mapping[str, 
 
 
 def _dataset(source: Source) -> str:
-    return source.generator.get("dataset") or (source.images.get("config") or {}).get("dataset") or source.name
+    return source.generator.get("dataset") or "a data set that is not stated"
 
 
 def _pretty(source: Source, total: int) -> str:
@@ -129,11 +131,16 @@ def _pretty(source: Source, total: int) -> str:
 def _summary(source: Source, vocabulary: Vocabulary, splits: Mapping[str, int]) -> str:
     kind = "one class an image" if vocabulary.single else "any number of findings an image"
     sizes = ", ".join(f"{n:,} {s}" for s, n in sorted(splits.items()))
+    behind = (
+        "A row's split is that of the real image its labels come from; validation and test patients were shown to "
+        "no generator and their labels were not used."
+    ) if source.generator else (
+        "Which real images lie behind them is not known here: they may rest on images of any of your splits."
+    )  # fmt: skip
     return (
-        f"Images rendered by a diffusion model that learned from real images of {_dataset(source)}. No image shows a "
+        f"Images made by a generative model that learned from real images of {_dataset(source)}. No image shows a "
         f"patient; the labels are what the model was asked for, not what a reader saw.\n\n"
-        f"{sizes}; {kind}: {', '.join(vocabulary.classes)}. A row's split is that of the real image its labels come "
-        "from; there are no synthetic images of validation or test patients."
+        f"{sizes}; {kind}: {', '.join(vocabulary.classes)}. {behind}"
     )
 
 
@@ -181,11 +188,13 @@ def _generator(source: Source) -> str:
         ("trained on", f"{trained} real images of {_dataset(source)}"
                        + (f" (`train_on: {g['train_on']}`)" if "train_on" in g else "")),
         ("training", f"{g['steps']:,} steps of {g['batch_size']}" if "steps" in g and "batch_size" in g else "unknown"),
+        *([("made elsewhere", f"taken from {source.taken_from}")] if source.taken_from else []),
         ("image size", f"{g['size']} px, {g.get('channels')} channel(s)" if "size" in g else "see the images"),
     ]  # fmt: skip
     names = {"sampler": "sampler", "steps": "sampling steps", "guidance_scale": "guidance scale",
-             "guidance_rescale": "guidance rescale", "precision": "precision", "seed": "plan seed"}  # fmt: skip
-    rows += [(words, str(i[key])) for key, words in names.items() if key in i]
+             "guidance_rescale": "guidance rescale", "guidance_interval": "guidance interval",
+             "precision": "precision", "seed": "plan seed"}  # fmt: skip
+    rows += [(words, str(i[key])) for key, words in names.items() if i.get(key) is not None]
     return _table(("", ""), rows)
 
 
@@ -240,7 +249,7 @@ def _citation(source: Source, total: int) -> str:
         f"```bibtex\n@misc{{{key},\n  title = {{{_pretty(source, total)}}},\n"
         f"  note = {{Rendered by raysynth; synthetic set {source.run['synthetic_set']}, generator "
         f"{source.identity.get('generator_id', 'unknown')}}}\n}}\n```\n\n"
-        f"Cite the real images ({_dataset(source)}) as their owners ask."
+        "Cite the real images behind them as their owners ask."
     )
 
 

@@ -28,6 +28,8 @@ def raysynth(*words: str, cwd: Path | None = None) -> subprocess.CompletedProces
         (["run", "nowhere.yaml"], 2, "nowhere.yaml"),
         (["run", QUICKSTART, "sampling.guidance_scale=0"], 2, "w = 0 in Ho & Salimans are 1 here"),
         (["generate", QUICKSTART, "root=ROOT"], 4, "is not complete. Run `raysynth ingest`"),
+        (["export", QUICKSTART, "--to", "tars", "--out", "x"], 2, "--to: got 'tars', must be one of huggingface"),
+        (["export", QUICKSTART, "root=ROOT", "--out", "x"], 4, "is not complete. Run `raysynth ingest`"),
         (["run", QUICKSTART, "root=/dev/null/runs", "compute.address=local"], 4, "/dev/null/runs"),
         (["run", QUICKSTART, "compute.address=127.0.0.1:9", "root=ROOT"], 4, "no Ray cluster answers"),
     ],
