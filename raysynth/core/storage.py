@@ -5,24 +5,21 @@
   S3); writers of equal bytes may all be told that they succeeded.
 * `list` is never served from a cache.
 
-Knows nothing of artifacts or images. Paths are relative to the root and use `/`.
+Knows nothing of artifacts or images. Paths are relative to the root and use `/`. S3 itself is in `s3.py`.
 """
 
 from __future__ import annotations
 
 import os
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.core.faults import code_of, storage_words
-
-CONFLICT_TRIES = 20
+from raysynth.core.faults import storage_words
 
 
 @dataclass(frozen=True)
@@ -201,98 +198,10 @@ class LocalStorage(Storage):
         return open(self._full(path), "rb")
 
 
-class S3Storage(Storage):
-    """A prefix in an S3 bucket, through s3fs. Endpoint and credentials come from the usual AWS variables.
-
-    Time-outs and retries of botocore are set as for any fsspec program:
-    `FSSPEC_S3='{"config_kwargs": {"read_timeout": 60, "retries": {"max_attempts": 12}}}'`.
-    """
-
-    def __init__(self, root: str) -> None:
-        self.root = root.rstrip("/")
-        self._prefix = self.root.removeprefix("s3://")
-        self._connection: Any = None
-
-    @property
-    def fs(self) -> Any:
-        """The s3fs file system, made on first use in each process."""
-        if self._connection is None:
-            import fsspec.config
-            import s3fs
-
-            config = {"retries": {"max_attempts": 8, "mode": "adaptive"}}
-            self._connection = s3fs.S3FileSystem(
-                use_listings_cache=False,
-                endpoint_url=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-                config_kwargs=config | fsspec.config.conf.get("s3", {}).get("config_kwargs", {}),
-            )
-        return self._connection
-
-    def _full(self, path: str) -> str:
-        return f"{self._prefix}/{path}" if path else self._prefix
-
-    def get(self, path: str) -> bytes:
-        return self.fs.cat_file(self._full(path))
-
-    def put(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(self._full(path), data)
-
-    def create(self, path: str, data: bytes) -> bool:
-        for _ in range(CONFLICT_TRIES):
-            try:
-                self.fs.pipe_file(self._full(path), data, mode="create")
-            except FileExistsError:
-                return self._is_ours(path, data)
-            except OSError as error:
-                # s3fs knows AWS's full answer only; other stores say the bare code.
-                code = code_of(error)
-                if code in ("PreconditionFailed", "412"):
-                    return self._is_ours(path, data)
-                if code not in ("ConditionalRequestConflict", "409"):
-                    raise
-                time.sleep(0.2)  # two conditional writers at once; S3 asks both to try again
-            else:
-                return True
-        raise EnvironmentFault(f"{self.url(path)}: other writers kept it busy. Run the same command again.")
-
-    def _is_ours(self, path: str, data: bytes) -> bool:
-        """Whether what is there is what we wrote: a put whose answer was lost is sent again, and then finds itself."""
-        try:
-            return self.get(path) == data
-        except FileNotFoundError:  # deleted meanwhile
-            return False
-
-    def size(self, path: str) -> int:
-        return int(self.fs.info(self._full(path), refresh=True)["size"])
-
-    def _walk(self, folder: str) -> Iterator[Entry]:
-        try:
-            found = self.fs.find(self._full(folder), detail=True)
-        except FileNotFoundError:
-            return
-        for full, info in found.items():
-            etag, written = str(info.get("ETag", "")).strip('"'), info.get("LastModified")
-            yield Entry(
-                full[len(self._prefix) + 1 :], int(info["size"]), etag, written.timestamp() if written else 0.0
-            )
-
-    def folders(self, folder: str = "") -> Sequence[str]:
-        try:
-            found = self.fs.ls(self._full(folder), detail=True, refresh=True)
-        except FileNotFoundError:
-            return []
-        return sorted(i["name"].rsplit("/", 1)[-1] for i in found if i["type"] == "directory")
-
-    def delete(self, path: str) -> None:
-        self.fs.rm_file(self._full(path))
-
-    def open(self, path: str) -> IO[bytes]:
-        # s3fs reads 50 MiB ahead unless told; callers here want a footer and a row group.
-        return self.fs.open(self._full(path), "rb", block_size=1 << 20, cache_type="readahead")
-
-
 def open_storage(root: str) -> Storage:
     """The storage behind `root`: `s3://bucket/prefix` or a local folder (made when first written)."""
     if root.startswith("s3://"):
+        from raysynth.core.s3 import S3Storage
+
         return S3Storage(root)
     return LocalStorage(root.removeprefix("file://"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault, RaysynthError
-from raysynth.core.storage import S3Storage
+from raysynth.core.s3 import S3Storage
 from raysynth.stages.classifier_loop import Loop
 from raysynth.stages.train_classifier import ClassifierTask, Report
 from raysynth.stages.training_loop import threads

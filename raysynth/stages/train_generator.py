@@ -1,9 +1,9 @@
 """Trains the pixel-space DDPM on Ray Train and exports it as a diffusers folder.
 
 Input: an ingest artifact. Output, under `train-generator/<name>-<fp>/`: `export/` (the generator, see
-raysynth.models.export), `samples/*.png`, `log/` (loss.jsonl and TensorBoard). While it trains, `checkpoints/` holds
-what a killed run goes on from. Which images the generator may see is `generator.train_on`'s to say; nothing of a
-validation or test patient ever reaches it.
+raysynth.models.export), `seen.parquet` (which images it was trained on), `samples/*.png`, `log/` (loss.jsonl and
+TensorBoard). While it trains, `checkpoints/` holds what a killed run goes on from. Which images the generator may see
+is `generator.train_on`'s to say; nothing of a validation or test patient ever reaches it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from raysynth.core.experiment import Compute, Experiment, Generator
 from raysynth.core.identity import content_digest
 from raysynth.core.presets import resolve_generator, resolve_image
 from raysynth.core.progress import say
-from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet
-from raysynth.core.storage import S3Storage, Storage
+from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
+from raysynth.core.s3 import S3Storage
+from raysynth.core.storage import Storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.labels import check_policy
 from raysynth.data.plans import plan_sources
 from raysynth.data.subsets import generator_rows
 from raysynth.stages import training_loop
+from raysynth.stages.adoption import SEEN, seen_table
 from raysynth.stages.training_log import TrainingLog
 from raysynth.stages.views import build_view
 
@@ -49,7 +51,8 @@ def generator_artifact(experiment: Experiment, storage: Storage, images: Artifac
     """
     generator = dataclasses.asdict(_resolved(experiment))
     # A preset is a word for its values: typed out, they are the same generator.
-    del generator["preset"]
+    for name in ("preset", "path", "images", "columns", "on_held_out"):
+        del generator[name]
     policy = {name: use for name, use in experiment.data.labels.policy.items() if use != "ignore"}
     config: dict[str, Any] = {"generator": generator, "policy": policy}
     if experiment.generator.train_on != "train":
@@ -100,7 +103,7 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
                 experiment.compute, log.queue,
             )  # fmt: skip
             _fit(task, artifact, workers, gpu)
-    _commit(artifact, storage, experiment, len(ids))
+    _commit(artifact, storage, experiment, rows)
     return artifact
 
 
@@ -229,14 +232,15 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
         )  # fmt: skip
 
 
-def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, n_real: int) -> None:
+def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table) -> None:
     files: dict[str, str] = json.loads(storage.get(artifact.file("export.json")))
     for name, sha256 in files.items():
         artifact.register(f"export/{name}", sha256)
     facts = json.loads(storage.get(artifact.file("export/generator.json")))
+    artifact.put(SEEN, to_parquet(seen_table(rows)))
     seconds = _trained_seconds(artifact, storage)
     artifact.commit(
-        {"n_real_generator": n_real, "steps": experiment.generator.steps},
+        {"n_real_generator": rows.num_rows, "steps": experiment.generator.steps},
         weights_sha256=facts["weights_sha256"],
         licences=[experiment.data.licence],
         compute=dataclasses.asdict(experiment.compute),

@@ -112,13 +112,12 @@ class SyntheticSet:
 
     def waves(self) -> list[Wave]:
         """Every wave, oldest first."""
-        found = []
-        for number in sorted(self._numbers("waves")):
-            w = self.get_json(f"waves/{number:05d}.json")
-            if w is not None:
-                files = tuple((name, rows) for name, rows in w["files"])
-                lengths = tuple(n for n, times in w["shard_rows"] for _ in range(times))
-                found.append(Wave(number, files, w["first_shard"], lengths, w["why"]))
+        found: list[Wave] = []
+        # Numbers have no gaps, so that names are asked for and not listed: a stale listing hides no wave.
+        while (w := self.get_json(f"waves/{len(found):05d}.json")) is not None:
+            files = tuple((name, rows) for name, rows in w["files"])
+            lengths = tuple(n for n, times in w["shard_rows"] for _ in range(times))
+            found.append(Wave(len(found), files, w["first_shard"], lengths, w["why"]))
         return found
 
     def announce(self) -> None:
