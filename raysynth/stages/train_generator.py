@@ -23,8 +23,8 @@ from raysynth.core.experiment import Compute, Experiment, Generator
 from raysynth.core.identity import content_digest
 from raysynth.core.presets import resolve_generator, resolve_image
 from raysynth.core.progress import say
-from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
 from raysynth.core.s3 import S3Storage
+from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.labels import check_policy
