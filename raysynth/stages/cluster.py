@@ -35,8 +35,11 @@ class Resources:
     nodes: int
 
 
-def connect(compute: Compute) -> Resources:
+def connect(compute: Compute, experiment: str = "") -> Resources:
     """Joins the cluster of `compute.address` or RAY_ADDRESS; without either starts a private one on loopback.
+
+    Args:
+        experiment: its name, which Ray's list of jobs shows.
 
     Raises:
         EnvironmentFault: no cluster at the address.
@@ -46,13 +49,14 @@ def connect(compute: Compute) -> Resources:
         # A private instance listens on loopback only; a token would be written to the home folder for nothing.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
+    from ray.job_config import JobConfig
 
     if not ray.is_initialized():
         try:
             _require_listener(address)
             ray.init(
                 address=address, include_dashboard=False if address == "local" else None,
-                logging_level="error", log_to_driver=False,
+                logging_level="error", log_to_driver=False, job_config=JobConfig(metadata={"experiment": experiment}),
             )  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
             raise EnvironmentFault(

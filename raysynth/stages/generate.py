@@ -156,7 +156,7 @@ def render(
             f"generate {store.name}", len(wanted), max(0, len(wanted) - todo), gpus_each, compute.price_per_gpu_hour
         )
         metrics = RenderMetrics(store.path.rpartition("/")[2], len(wanted), gpus_each)
-        with RenderView(rendering, metrics.add) as view:
+        with RenderView(rendering, metrics) as view:
             return run_rounds(
                 job, lambda: ledger.refresh().pending(wanted), compute, resources, view,
                 backwards=bool(lease.others),
@@ -184,7 +184,7 @@ def _conclude(
             f"{unpack(wanted.keys[lost[:1]])[0]}. Run `raysynth verify` and then the same command again."
         )
     artifact.put("rows.parquet", stream_parquet(_rows(wanted, places, markers)))
-    artifact.put("failed.parquet", to_parquet(_failed(wanted, places, markers)))
+    artifact.put("failed.parquet", to_parquet(failed_rows(wanted, places, markers)))
     counts = {"wanted": len(wanted)} | {n: int((places.status == STATUSES.index(n)).sum())
                                         for n in ("ok", "failed", "rejected")}  # fmt: skip
     fraction = counts["failed"] / max(1, counts["wanted"])
@@ -220,7 +220,7 @@ def _rows(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any
         )
 
 
-def _failed(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
+def failed_rows(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
     """The failed rows as the plan has them, with reason, shard, place, attempt and part."""
     bad = places.status == FAILED
     why = rows_table(wanted.keys[bad], places[np.flatnonzero(bad)], markers).drop_columns(["row_key", "status"])

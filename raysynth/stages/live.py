@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysynth.core.progress import console, duration, say
+from raysynth.stages.telemetry import BEAT_S, RenderMetrics
 from raysynth.synth.throughput import Throughput
 
 REDRAWN_A_SECOND = 2
@@ -116,18 +117,22 @@ class Picture:
         if not actors:
             return parts
         # Without a terminal nothing scrolls away.
-        room = max(2, (console.height if console.is_terminal else 10_000) - len(parts) - self.spare - 2)
+        room = (console.height if console.is_terminal else 10_000) - len(parts) - self.spare - 2
+        if room < 2:
+            return parts
         shown = actors if len(actors) <= room else actors[: room - 1]
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-        table.add_column("actor", no_wrap=True, overflow="ellipsis")
+        names = ("busy", "images/s", "images", "last shard")[: 4 if width >= NARROW else 2]
+        taken = sum(max(len(name), 7) + 2 for name in names) + (BAR + 2 if width >= WIDE else 0)
+        table.add_column("actor", no_wrap=True, overflow="ellipsis", max_width=max(5, width - taken))
         if width >= WIDE:
             table.add_column("", no_wrap=True, width=BAR)
-        for name in ("busy", "images/s", "images", "last shard")[: 4 if width >= NARROW else 2]:
-            table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
         for p in shown:
             bar = [ProgressBar(total=1.0, completed=p.busy or 0.0, width=BAR)] if width >= WIDE else []
             cells = [_share(p.busy), f"{p.rate:,.1f}", f"{p.rows:,}", f"{duration(max(0.0, now - p.last))} ago"]
-            table.add_row(p.worker, *bar, *cells[: 4 if width >= NARROW else 2])
+            table.add_row(p.worker, *bar, *cells[: len(names)])
         parts.append(table)
         if len(shown) < len(actors):
             parts.append(Text(f"and {len(actors) - len(shown):,} more, no less busy", style="dim", no_wrap=True))
@@ -153,19 +158,20 @@ class RenderView:
 
     Args:
         rendering: what is shown; its sums and done rows grow by `add`.
-        also: told of every row too, with the sums, the rows done and the time (metrics).
+        metrics: told of the rows too.
         every_s: seconds between lines where there is no terminal.
     """
 
     def __init__(
         self,
         rendering: Rendering,
-        also: Callable[[Mapping[str, Any], Throughput, int, float], None] | None = None,
+        metrics: RenderMetrics | None = None,
         every_s: float = QUIET_S,
     ) -> None:
-        self.rendering, self.also, self.every_s = rendering, also, every_s
+        self.rendering, self.metrics, self.every_s = rendering, metrics, every_s
         self.shown, self.began = time.monotonic(), time.monotonic()
         self._lock = threading.Lock()
+        self._ended, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
         self._live: Live | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             picture = Picture(rendering, lock=self._lock)
@@ -173,14 +179,23 @@ class RenderView:
             self._live = Live(picture, console=console, refresh_per_second=REDRAWN_A_SECOND, transient=True)
 
     def __enter__(self) -> RenderView:
+        self._thread.start()
         if self._live:
             self._live.start(refresh=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
         if self._live:
             self._live.stop()
         say(f"{self.rendering.line(time.time())}  in {duration(time.monotonic() - self.began)}")
+
+    def _beat(self) -> None:
+        """Repeats the metrics that must not go stale while no row comes in."""
+        while self.metrics and not self._ended.wait(BEAT_S):
+            with self._lock:
+                self.metrics.repeat(self.rendering.sums, self.rendering.done, time.time())
 
     def add(self, row: Mapping[str, Any]) -> None:
         """One row of statistics came in."""
@@ -189,8 +204,8 @@ class RenderView:
             r = self.rendering
             r.sums.add_row(row, now)
             r.done += int(row["ok"] + row["failed"] + row["rejected"])
-            if self.also:
-                self.also(row, r.sums, r.done, now)
+            if self.metrics:
+                self.metrics.add(row, r.sums, r.done, now)
         if not self._live and time.monotonic() - self.shown >= self.every_s:
             self.shown = time.monotonic()
             say(self.rendering.line(now))

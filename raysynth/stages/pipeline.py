@@ -61,7 +61,7 @@ class Pipeline:
     @cached_property
     def resources(self) -> cluster.Resources:
         """What the cluster has; joins or starts Ray on first use."""
-        found = cluster.connect(self.experiment.compute)
+        found = cluster.connect(self.experiment.compute, self.experiment.name)
         cluster.quiet_data_context()
         self._check_shared(found)
         return found

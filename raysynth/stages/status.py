@@ -31,7 +31,7 @@ from raysynth.synth.throughput import Throughput
 
 def gpus_of_worker(settled: Settled | None, compute: Compute) -> float:
     """GPUs that one actor of a set holds: 0 where CPUs render it, or where nothing is known yet."""
-    return 0.0 if settled is None or settled.facts.get("device") == "cpu" else compute.gpus_per_renderer
+    return compute.gpus_per_renderer if settled and settled.on_gpu else 0.0
 
 
 class SetStatus:

@@ -14,6 +14,8 @@ from raysynth.synth.throughput import Throughput
 STEPS = ("load", "render", "encode", "commit")
 STEP_BOUNDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
 """Seconds; a shard is made for 60 to 120 s of rendering, its other steps for less."""
+BEAT_S = 5.0
+"""Ray's agent forgets a gauge that was not set for two report intervals of 10 s; a shard may take minutes."""
 
 
 class RenderMetrics:
@@ -32,7 +34,7 @@ class RenderMetrics:
             made = kind(f"raysynth_{name}", description=text, tag_keys=("set", *labels), **more)
             return made.set_default_tags({"set": set_name})
 
-        self.gpus_each, self.told = gpus_each, set[str]()
+        self.wanted, self.gpus_each, self.told = wanted, gpus_each, set[str]()
         self.images = named(Counter, "images", "Rows with a verdict.", "status")
         self.shards = named(Counter, "shards", "Answers of actors, one a shard.", "outcome")
         self.retried = named(Counter, "shards_retried", "Shards committed after more than one attempt.")
@@ -42,10 +44,12 @@ class RenderMetrics:
         )
         self.busy = named(Gauge, "busy_share", "Share of an actor's time in which it renders.", "worker")
         self.rate = named(Gauge, "images_per_second", "Rows/s of all actors at work.")
-        self.done = named(Gauge, "rows_done", "Rows committed, failed ones included.")
-        named(Gauge, "rows_wanted", "Rows wanted.").set(wanted)
+        self.rows_done = named(Gauge, "rows_done", "Rows committed, failed ones included.")
+        self.rows_wanted = named(Gauge, "rows_wanted", "Rows wanted.")
+        # A series that starts with its first event shows no increase by it; Ray refuses to add nothing.
         for status in ("ok", "failed", "rejected"):
-            self.images.inc(1e-9, {"status": status})  # a series that starts with its first event has no rate
+            self.images.inc(1e-9, {"status": status})
+        self.retried.inc(1e-9)
 
     def add(self, row: Mapping[str, Any], sums: Throughput, done: int, now: float) -> None:
         """One row of statistics came in; `sums` and `done` have it already."""
@@ -60,7 +64,12 @@ class RenderMetrics:
                 self.seconds.observe(float(row[f"{step}_s"]), {"step": step})
             if self.gpus_each:
                 self.gpu_seconds.inc(float(row["render_s"]) * self.gpus_each)
-        self.done.set(done)
+        self.repeat(sums, done, now)
+
+    def repeat(self, sums: Throughput, done: int, now: float) -> None:
+        """Sets the gauges; to be called every `BEAT_S` too."""
+        self.rows_wanted.set(self.wanted)
+        self.rows_done.set(done)
         self.rate.set(sums.rate(now))
         here = {p.worker: p.busy for p in sums.working(now) if p.busy is not None}
         for worker in self.told - here.keys():

@@ -28,6 +28,11 @@ class Settled:
     rows_per_s: float
     facts: dict[str, Any]
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU renders, so that its hours are what the set costs."""
+        return bool(self.facts.get("cuda"))
+
 
 def read_settled(store: SyntheticSet) -> Settled | None:
     """The set's render.json, or None before the first renderer started."""
