@@ -197,6 +197,19 @@ def _check_plan(e: Experiment) -> None:
         "The generator never learned the unconditional model.",
     )  # fmt: skip
     require(0 <= s.guidance_rescale <= 1, "sampling.guidance_rescale", s.guidance_rescale, "in [0, 1]")
+    interval = s.guidance_interval
+    require(
+        interval is None or (len(interval) == 2 and 0 <= interval[0] < interval[1] <= 1),
+        "sampling.guidance_interval", interval, "[start, stop] with 0 <= start < stop <= 1",
+    )  # fmt: skip
+    require(
+        interval is None or int(interval[0] * s.steps) < int(interval[1] * s.steps),
+        "sampling.guidance_interval", interval, f"wide enough to hold one of {s.steps} steps",
+    )  # fmt: skip
+    require(
+        interval is None or s.guidance_scale > 1, "sampling.guidance_interval", interval,
+        "null with sampling.guidance_scale 1",
+    )  # fmt: skip
     require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
     require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
     require(
@@ -213,6 +226,10 @@ def _check_compute(e: Experiment) -> None:
     ):  # fmt: skip
         value = getattr(c, key)
         require(value is None or value >= 1, f"compute.{key}", value, ">= 1")
+    require(
+        not c.compile or c.micro_batch is not None, "compute.compile", True, "false while compute.micro_batch is null",
+        "Every size that is tried would be compiled anew: type compute.micro_batch.",
+    )  # fmt: skip
     require(c.shard_seconds > 0, "compute.shard_seconds", c.shard_seconds, "> 0")
     lost = c.max_failed_fraction
     require(0 <= lost <= 1, "compute.max_failed_fraction", lost, "in [0, 1]")

@@ -201,6 +201,9 @@ class Sampling:
     """diffusers' convention: 1 is the conditional model alone, one pass a step."""
     guidance_rescale: float = 0.0
     """Per-image rescale of the guided prediction (Lin 2024, eq. 15-16); the Mediffusion recipe uses 0.7."""
+    guidance_interval: list[float] | None = None
+    """[start, stop] in fractions of the steps, 0 at pure noise: guided inside, the conditional model alone, one
+    pass, outside (Kynkaanniemi 2024). Null: guided at every step."""
     eta: float = 0.0
     """Noise of DDIM steps, 0 is deterministic."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -221,6 +224,9 @@ class Compute:
     cpus_per_renderer: float = 1.0
     render_threads: int = 1
     """torch threads of a CPU renderer; fixed in render.json."""
+    compile: bool = False
+    """Compile the network (torch.compile) for the typed micro-batch; fixed in render.json. Costs tens of seconds
+    at the start of a renderer, most of it once a machine."""
     micro_batch: int | None = None
     """Images rendered at once; null: measured on the first actor. Fixed in render.json."""
     shard_seconds: float = 60.0

@@ -40,7 +40,9 @@ from raysynth.synth.waves import extend, missing, rows_a_shard
 STAGE_VERSION = 1
 
 
-def make_renderer(storage: Storage, generator: str, version: str, e: Experiment, gpu: bool, threads: int) -> Renderer:
+def make_renderer(
+    storage: Storage, generator: str, version: str, e: Experiment, gpu: bool, threads: int, compiled: bool = False
+) -> Renderer:
     """The generator's renderer, made inside the process that holds the device.
 
     Args:
@@ -50,7 +52,7 @@ def make_renderer(storage: Storage, generator: str, version: str, e: Experiment,
     from raysynth.synth.ddpm import DDPMRenderer
 
     path = local_folder(storage, f"{generator}/export", e.compute.cache, version)
-    return DDPMRenderer(str(path), e.sampling, "cuda" if gpu else "cpu", threads)
+    return DDPMRenderer(str(path), e.sampling, "cuda" if gpu else "cpu", threads, compiled)
 
 
 def generator_id(generator: Artifact) -> str:
@@ -65,8 +67,8 @@ def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact)
     s = experiment.sampling
     identity = {
         "render_version": RENDER_VERSION, "generator_id": generator_id(generator), "sampler": s.sampler,
-        "steps": s.steps, "guidance_scale": s.guidance_scale, "guidance_rescale": s.guidance_rescale, "eta": s.eta,
-        "precision": s.precision, "seed": experiment.plan.seed,
+        "steps": s.steps, "guidance_scale": s.guidance_scale, "guidance_rescale": s.guidance_rescale,
+        "guidance_interval": s.guidance_interval, "eta": s.eta, "precision": s.precision, "seed": experiment.plan.seed,
     }  # fmt: skip
     return SyntheticSet(storage, experiment.name, identity)
 
@@ -109,10 +111,19 @@ def generate(
     threads = settled.facts.get("threads") if settled else None
     factory = factory or partial(
         make_renderer, storage, generator.path, store.identity["generator_id"], experiment,
-        gpu=bool(resources.gpus), threads=threads or experiment.compute.render_threads,
+        gpu=bool(resources.gpus), **fixed(store, experiment.compute),
     )  # fmt: skip
     sums = render(store, wanted, factory, experiment.compute, resources, retry_failed)
     return _conclude(artifact, store, wanted, generator, experiment.compute, resources, sums)
+
+
+def fixed(store: SyntheticSet, compute: Compute) -> dict[str, Any]:
+    """Keys of `compute` that decide bytes, as the set's render.json has them where there is one."""
+    settled = read_settled(store)
+    facts = settled.facts if settled else {}
+    return {
+        "threads": facts.get("threads") or compute.render_threads, "compiled": facts.get("compile", compute.compile)
+    }  # fmt: skip
 
 
 def render(

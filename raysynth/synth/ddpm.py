@@ -8,7 +8,7 @@ uint8 once. Knows nothing of shards, storage or training.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,22 @@ import torch
 from raysynth.core.experiment import Sampling
 from raysynth.data.conditions import ConditionSpec
 from raysynth.synth.renderer import Row
-from raysynth.synth.samplers import HALF, sample
+from raysynth.synth.samplers import HALF, cast_weights, sample
+
+COMPILE_OPTIONS = {"deterministic": True}
+"""No kernel is chosen by timing, so that every process compiles the same arithmetic."""
+SHAPES = 32
+"""Shapes compiled at most: halvings of the micro-batch, each with and without guidance. Beyond it torch would run
+uncompiled without a word, at other bytes."""
+
+
+def compile_network(unet: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    """The network compiled as one graph a shape; torch raises where it cannot."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = SHAPES
+    options = COMPILE_OPTIONS if backend == "inductor" else None
+    return torch.compile(unet, backend=backend, dynamic=False, fullgraph=True, options=options)
 
 
 class DDPMRenderer:
@@ -29,9 +44,12 @@ class DDPMRenderer:
         sampling: sampler, steps, guidance, precision (half precision on CUDA only; a CPU renders in float32).
         device: torch device.
         threads: torch threads on a CPU.
+        compiled: compile the network for the shapes it meets; every new shape costs a compilation.
     """
 
-    def __init__(self, folder: str, sampling: Sampling, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(
+        self, folder: str, sampling: Sampling, device: str = "cpu", threads: int = 1, compiled: bool = False
+    ) -> None:
         from diffusers import UNet2DConditionModel
 
         self.sampling, self.device = sampling, torch.device(device)
@@ -44,6 +62,11 @@ class DDPMRenderer:
         self.scheduler_config = json.loads((place / "scheduler" / "scheduler_config.json").read_bytes())
         unet: Any = UNet2DConditionModel.from_pretrained(place / "unet", local_files_only=True, use_safetensors=True)
         self.unet = unet.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        half = HALF.get(sampling.precision) if self.device.type == "cuda" else None
+        if half:
+            cast_weights(self.unet, half)
+        self.compiled = compiled
+        self.network: Callable[..., Any] = compile_network(self.unet) if compiled else self.unet
         config = self.unet.config
         self.shape = (int(config.in_channels), int(config.sample_size), int(config.sample_size))
 
@@ -59,6 +82,7 @@ class DDPMRenderer:
             "threads": torch.get_num_threads(),
             "dtype": self.sampling.precision if cuda and self.sampling.precision in HALF else "fp32",
             "memory_format": "channels_last",
+            "compile": self.compiled,
             "cudnn_deterministic": True,
             "tf32": False,
             "cudnn": torch.backends.cudnn.version() if cuda else None,
@@ -87,7 +111,7 @@ class DDPMRenderer:
         conditions = np.stack([self._condition(row) for row in rows])
         generators = [None if row is None else torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         images = sample(
-            self.unet, self.scheduler_config, torch.from_numpy(conditions).to(self.device),
+            self.network, self.scheduler_config, torch.from_numpy(conditions).to(self.device),
             torch.from_numpy(self.spec.null).to(self.device), generators, self.shape, self.sampling,
         )  # fmt: skip
         return images.clamp(-1.0, 1.0).cpu().contiguous().numpy()

@@ -3,14 +3,19 @@
 Schedulers are diffusers' own, built from an exported scheduler config; its trailing timesteps start at the last
 step, as zero terminal SNR needs (Lin 2024, 2305.08891, section 3.3). Guidance is diffusers' convention: at
 `guidance_scale` 1 the conditional model alone, one pass a step; above 1 both halves in one pass,
-eps = eps_null + s (eps_c - eps_null) (Ho & Salimans 2022, eq. 6 with s = 1 + w).
+eps = eps_null + s (eps_c - eps_null) (Ho & Salimans 2022, eq. 6 with s = 1 + w). Outside a guidance interval
+(Kynkaanniemi 2024, 2404.07724) one pass again.
 
-Every random number of an image comes from its own CPU generator. Knows nothing of rows, storage or checkpoints.
+Every random number of an image comes from its own CPU generator. The scheduler's numbers stay on the CPU and the
+network's timesteps on the device, so that the host never waits for the device between the first step and the last;
+noise added at each step (`ddpm`, `eta`) crosses from the CPU and does wait. Knows nothing of rows, storage or
+checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +40,20 @@ def make_sampler(config: Mapping[str, Any], sampling: Sampling) -> Any:
     else:
         scheduler = DPMSolverMultistepScheduler.from_config(plain, algorithm_type="dpmsolver++", solver_order=2)
     scheduler.set_timesteps(sampling.steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else it looks the first timestep up
     return scheduler
+
+
+def guided_steps(sampling: Sampling) -> range:
+    """Steps at which guidance is applied; as diffusers' guiders count, `start` and `stop` in fractions of all steps.
+
+    Step 0 is pure noise. None at guidance scale 1, all of them without an interval.
+    """
+    if sampling.guidance_scale <= 1:
+        return range(0)
+    start, stop = sampling.guidance_interval or (0.0, 1.0)
+    return range(int(start * sampling.steps), int(stop * sampling.steps))
 
 
 def initial_noise(generators: Sequence[torch.Generator | None], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -47,7 +65,7 @@ def initial_noise(generators: Sequence[torch.Generator | None], shape: tuple[int
 
 @torch.inference_mode()
 def sample(
-    unet: torch.nn.Module,
+    unet: Callable[..., Any],
     scheduler_config: Mapping[str, Any],
     conditions: torch.Tensor,
     null: torch.Tensor,
@@ -69,27 +87,66 @@ def sample(
         images: (B, C, H, W) float32, about [-1, 1], not clipped.
     """
     device = conditions.device
-    scheduler = make_sampler(scheduler_config, sampling)
-    images = initial_noise(generators, shape).to(device) * scheduler.init_noise_sigma
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = initial_noise(generators, shape).to(device).contiguous(memory_format=torch.channels_last)
     # Places without a row draw from generators of their own, so that no other image's noise depends on them.
     noise = [torch.Generator("cpu").manual_seed(0) if g is None else g for g in generators]
+    scheduler = make_sampler(scheduler_config, sampling)
+    timesteps = scheduler.timesteps.to(device)
+    return denoise(unet, scheduler, timesteps, images, conditions, null, noise, sampling).float()
+
+
+def denoise(
+    unet: Callable[..., Any],
+    scheduler: Any,
+    timesteps: torch.Tensor,
+    images: torch.Tensor,
+    conditions: torch.Tensor,
+    null: torch.Tensor,
+    noise: list[torch.Generator],
+    sampling: Sampling,
+) -> torch.Tensor:
+    """From noise to images without the host waiting for the device, except where steps add noise.
+
+    Args:
+        unet: called as diffusers' `UNet2DConditionModel`.
+        scheduler: from `make_sampler`.
+        timesteps: (steps,) int64, the scheduler's, on the network's device.
+        images: (B, C, H, W) float32 standard normal noise there.
+        conditions: (B, dim) float32 there.
+        null: (dim,) float32 there.
+        noise: a CPU generator an image, for samplers that add noise.
+    """
+    device = images.device
     more: dict[str, Any] = {"generator": noise} if sampling.sampler != "dpm++" else {}
     if sampling.sampler == "ddim":
         more["eta"] = sampling.eta
     half = HALF.get(sampling.precision) if device.type == "cuda" else None
-    guided = sampling.guidance_scale > 1
-    told = torch.cat([null.expand_as(conditions), conditions]) if guided else conditions
-    for timestep in scheduler.timesteps:
+    guided = guided_steps(sampling)
+    both = torch.cat([null.expand_as(conditions), conditions]) if guided else conditions
+    images = images * scheduler.init_noise_sigma
+    for step, timestep in enumerate(scheduler.timesteps):
         x = scheduler.scale_model_input(images, timestep)
-        with torch.autocast(device.type, half, enabled=half is not None):
-            output = unet(torch.cat([x, x]) if guided else x, timestep, None, class_labels=told, return_dict=False)[0]
+        told = conditions
+        if step in guided:
+            x, told = torch.cat([x, x]), both
+        with torch.autocast("cuda", half) if half else nullcontext():
+            output = unet(x, timesteps[step], None, class_labels=told, return_dict=False)[0]
         output = output.float()
-        if guided:
+        if step in guided:
             without, conditional = output.chunk(2)
             output = guide(without, conditional, sampling.guidance_scale, sampling.guidance_rescale)
         images = scheduler.step(output, timestep, images, return_dict=False, **more)[0]
-    return images.float()
+    return images
+
+
+def cast_weights(network: torch.nn.Module, half: torch.dtype) -> None:
+    """Casts what autocast would cast at every call, for it remembers no weight without a gradient: same bytes out.
+
+    Convolutions and linear layers only; autocast keeps norms in float32.
+    """
+    for layer in network.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.to(half)
 
 
 def guide(null: torch.Tensor, conditional: torch.Tensor, scale: float, rescale: float) -> torch.Tensor:
