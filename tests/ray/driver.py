@@ -2,7 +2,7 @@
 
 JSON keys: `renderer` (FakeRenderer arguments), `n`, `replicas`, `compute` (Compute fields), and where to run:
 `address` of a Ray, `cpus` of a private one, or `nodes` of one CPU each in a private cluster, of which one is killed
-when `kill_node_after` shards are done. Prints `done` last.
+when `kill_node_after` shards are done. Prints `done` last, and ends as the command line does.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
+from raysynth.cli import guarded
 from raysynth.core.experiment import Compute
 from raysynth.stages import cluster
 from raysynth.stages.generate import render
@@ -44,11 +46,13 @@ def private_cluster(root: str, nodes: int, kill_after: int) -> str:
 def main(root: str, how: dict) -> None:
     import ray
 
+    print("driver is up", flush=True)
+
     compute = Compute(**({"render_workers": 2, "micro_batch": 4, "shard_rows": 8} | how.get("compute", {})))
     if "nodes" in how:
         ray.init(address=private_cluster(root, how["nodes"], how["kill_node_after"]), logging_level="error")
     elif "address" in how:
-        ray.init(address=how["address"], logging_level="error", log_to_driver=False)
+        compute = replace(compute, address=how["address"])
     else:
         ray.init(
             address="local", num_cpus=how["cpus"], object_store_memory=128 << 20, **QUIET,
@@ -56,9 +60,9 @@ def main(root: str, how: dict) -> None:
         )  # fmt: skip
     wanted = wanted_rows(how.get("n", 12), how.get("replicas", 3))
     factory = partial(FakeRenderer, **how.get("renderer", {}))
-    render(synthetic_set(root), wanted, factory, compute, cluster.connect(compute))
+    render(synthetic_set(root), wanted, factory, compute, cluster.connect(compute, "t"))
     print("done", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]))
+    guarded(lambda: main(sys.argv[1], json.loads(sys.argv[2])))

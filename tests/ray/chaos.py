@@ -1,0 +1,298 @@
+"""`python -m tests.ray.chaos --kills 100 --seed 0`: kills actors, workers, nodes, drivers at random; nothing is lost.
+
+Many short runs of one small set each (`FakeRenderer` on real Ray: a head without CPUs and two nodes of one). In every
+run some processes are killed, chosen by the seed: who, by which signal, when, how many. A killed driver is started
+again, a killed node replaced, until the run is done. Then
+
+* the images are those of an uninterrupted run, byte for byte, and `verify` is clean;
+* a micro-batch that was finished is rendered again only if SIGKILL hit its process before it could commit, and no
+  more shards than a killed process may have had in work;
+* SIGTERM costs no finished micro-batch: what is done is kept, and a driver ends with exit 4 and words.
+
+Prints a table at the end; exit code 1 and the run's number where anything of this is not so. Every second run of a
+pair has what is left of a shuffled deck of all six kinds, so that two runs see each kind once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from raysynth.synth.fake import FakeRenderer
+from raysynth.synth.sets import SyntheticSet
+from raysynth.synth.verify import verify
+from tests.engine import images, render_all, synthetic_set, wanted_rows
+from tests.ray.playground import Playground, title
+
+KINDS = ("actor SIGKILL", "actor SIGTERM", "worker SIGKILL", "node SIGKILL", "driver SIGKILL", "driver SIGTERM")
+HOW: dict[str, Any] = {
+    "n": 16, "replicas": 20, "compute": {"render_workers": 2, "micro_batch": 2, "shard_rows": 8}, "seconds_a_row": 0.02,
+}  # fmt: skip
+WANTED = wanted_rows(HOW["n"], HOW["replicas"])
+SHARDS = len(WANTED) // HOW["compute"]["shard_rows"]
+IN_WORK = 3  # shards of one actor that may be rendered and not yet committed: one rendering, two being committed
+LIMIT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One planned kill: `kind` once `markers` shards are done and `after_s` seconds went by since the one before."""
+
+    kind: str
+    markers: int
+    after_s: float
+
+
+@dataclass
+class Outcome:
+    """What one run came to."""
+
+    run: int
+    kills: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    drivers: int = 0
+    again: int = 0
+    """Rows rendered more than once."""
+    kept: int = 0
+    """Rows that a stopped process kept for the next one."""
+    faults: list[str] = field(default_factory=list)
+
+
+def plan(seed: int, run: int) -> list[Kill]:
+    """The kills of one run, in order."""
+    pair = random.Random(f"{seed}/pair {run // 2}")
+    deck = pair.sample(KINDS, len(KINDS))
+    cut = pair.randint(1, len(KINDS) - 1)
+    mine = deck[cut:] if run % 2 else deck[:cut]
+    chance = random.Random(f"{seed}/run {run}")
+    # Some by progress, some by time, some at once with the one before.
+    markers = sorted(chance.choice([0, chance.randrange(SHARDS * 3 // 4)]) for _ in mine)
+    return [Kill(k, m, chance.choice([0.0, chance.uniform(0, 4)])) for k, m in zip(mine, markers)]
+
+
+class Driver:
+    """A rendering driver in a process of its own."""
+
+    def __init__(self, address: str, place: Path, number: int) -> None:
+        renderer = {"seconds_a_row": HOW["seconds_a_row"], "log": str(place / "log")}
+        how = {k: HOW[k] for k in ("n", "replicas", "compute")} | {"address": address, "renderer": renderer}
+        self.output = place / f"driver-{number}.txt"
+        self.stopped = self.killed = False
+        with open(self.output, "w") as f:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.ray.driver", str(place / "set"), json.dumps(how)],
+                stdout=f, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def fault(self, code: int) -> str:
+        """What is wrong with its end; empty if nothing is."""
+        if self.killed or (code == 0 and "done" in self.said()):
+            return ""
+        if self.stopped and code == 4 and "SIGTERM" in self.said() and "Nothing is lost" in self.said():
+            return ""
+        return f"a driver {'told to stop ' if self.stopped else ''}ended with {code}: {self.said()[-1500:]}"
+
+
+class Run:
+    """One set, rendered while processes die."""
+
+    def __init__(self, ground: Playground, place: Path, number: int, kills: list[Kill]) -> None:
+        self.ground, self.place, self.kills = ground, place, kills
+        self.chance = random.Random(f"victims {number}")
+        self.outcome = Outcome(number)
+        self.dead: set[int] = set()
+        """Processes ended by SIGKILL, at once or with their driver."""
+        self.deaths = 0
+        """Render actors among them."""
+        self.store = synthetic_set(str(place / "set"))
+
+    def play(self) -> Outcome:
+        began = self.last = time.monotonic()
+        while True:
+            self.outcome.drivers += 1
+            self.driver = Driver(self.ground.cluster.address, self.place, self.outcome.drivers)
+            while self.driver.process.poll() is None and time.monotonic() < began + LIMIT_S:
+                if self.kills and self._due(self.kills[0]) and self._strike(self.kills[0].kind):
+                    self.outcome.kills.append(self.kills.pop(0).kind)
+                    self.last = time.monotonic()
+                time.sleep(0.02)
+            if time.monotonic() > began + LIMIT_S:
+                self.driver.process.kill()
+                self.outcome.faults.append(f"not done after {LIMIT_S:.0f} s: {self.driver.said()[-1500:]}")
+                break
+            code = self.driver.process.wait()
+            fault = self.driver.fault(code)
+            if fault:
+                self.outcome.faults.append(fault)
+            if fault or code == 0:
+                break
+        self.outcome.seconds = round(time.monotonic() - began, 1)
+        return self.outcome
+
+    def _due(self, kill: Kill) -> bool:
+        return time.monotonic() >= self.last + kill.after_s and len(self.store.done()) >= kill.markers
+
+    def _strike(self, kind: str) -> bool:
+        """Kills; False if there is nobody to kill yet."""
+        who, name = kind.split()
+        number = signal.Signals[name]
+        if who == "driver":
+            # Before that it is not ours yet: Python itself is starting.
+            if "driver is up" not in self.driver.said() or self.driver.killed or self.driver.stopped:
+                return False
+            if number == signal.SIGKILL:
+                self.driver.killed = True
+                self._count(self.ground.workers())
+            else:
+                self.driver.stopped = True
+            self.driver.process.send_signal(number)
+            return True
+        if who == "node":
+            node = self.chance.choice(self.ground.nodes)
+            self._count(self.ground.workers([node]))
+            self.ground.lose_a_node(node)
+            return True
+        victims = self.ground.actors() if who == "actor" else list(self.ground.workers())
+        if not victims:
+            return False
+        victim = self.chance.choice(victims)
+        if number == signal.SIGKILL:
+            self._count([victim])
+        try:
+            victim.send_signal(number)
+        except psutil.NoSuchProcess:
+            return False
+        return True
+
+    def _count(self, victims: Any) -> None:
+        for process in victims:
+            self.deaths += "Render" in title(process)
+            self.dead.add(process.pid)
+
+    def judge(self, reference: dict[str, str]) -> None:
+        """Fills in what the run cost and what is wrong with its end."""
+        out = self.outcome
+        verdict = verify(self.store, WANTED)
+        if not verdict.clean or verdict.ok != len(WANTED):
+            out.faults += verdict.lines()
+        if images(self.store) != reference:
+            out.faults.append("images differ from those of an uninterrupted run")
+        log = self.place / "log"
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        times = Counter(key for key, _ in lines)
+        alive = Counter(key for key, pid in lines if int(pid) not in self.dead)
+        twice = [key for key, n in alive.items() if n > 1]
+        if twice:
+            out.faults.append(f"{len(twice)} rows rendered more than once by processes that nobody killed by SIGKILL")
+        again = {key for key, n in times.items() if n > 1}
+        out.again = sum(times.values()) - len(times)
+        shards = {s for s, keys in enumerate(shard_keys(self.store)) if again & set(keys)}
+        if len(shards) > IN_WORK * self.deaths:
+            out.faults.append(f"{len(shards)} shards rendered again after {self.deaths} deaths of actors")
+        out.kept = kept_rows(self.store)
+
+
+def shard_keys(store: SyntheticSet) -> Iterator[list[str]]:
+    """Row keys of each shard."""
+    for wave in store.waves():
+        for shard in wave.shards:
+            yield store.shard_rows(wave, shard).column("row_key").to_pylist()
+
+
+def kept_rows(store: SyntheticSet) -> int:
+    """Rows that processes which were told to stop handed on."""
+    kept, size = 0, HOW["compute"]["shard_rows"]
+    for entry in store.storage.list(store.file("attempts")):
+        if entry.path.endswith(".end.json"):
+            record = json.loads(store.storage.get(entry.path))
+            kept += size - len(record["again"]) if record["why"] == "stopped" and record.get("part") else 0
+    return kept
+
+
+def table(outcomes: list[Outcome]) -> list[str]:
+    """For a person."""
+    kinds = Counter(kind for o in outcomes for kind in o.kills)
+    seconds, rows = sum(o.seconds for o in outcomes), len(outcomes) * len(WANTED)
+    again, kept = sum(o.again for o in outcomes), sum(o.kept for o in outcomes)
+    return [
+        *(f"{kind:<16}{kinds[kind]:>5}" for kind in KINDS),
+        f"{'kills':<16}{sum(kinds.values()):>5}",
+        f"{'runs':<16}{len(outcomes):>5}  of {len(WANTED)} rows in {SHARDS} shards",
+        f"{'drivers':<16}{sum(o.drivers for o in outcomes):>5}",
+        f"{'rows again':<16}{again:>5}  of {rows:,} ({again / max(1, rows):.2%})",
+        f"{'rows handed on':<16}{kept:>5}",
+        f"{'seconds':<16}{seconds:>5.0f}",
+        f"{'violations':<16}{sum(bool(o.faults) for o in outcomes):>5}",
+    ]
+
+
+def main(kills: int, seed: int, only: int | None, out: str | None) -> int:
+    """Runs until so many kills were made. Returns the exit code."""
+    place = Path(tempfile.mkdtemp(prefix="chaos-"))
+    uninterrupted = synthetic_set(str(place / "reference"))
+    render_all(uninterrupted, WANTED, FakeRenderer(), micro_batch=2)
+    reference = images(uninterrupted)
+    outcomes: list[Outcome] = []
+    ground = Playground()
+    try:
+        while only is None or not outcomes:
+            if sum(len(o.kills) for o in outcomes) >= kills:
+                break
+            number = only if only is not None else len(outcomes)
+            folder = place / f"run-{number}"
+            folder.mkdir()
+            run = Run(ground, folder, number, plan(seed, number))
+            outcomes.append(run.play())
+            run.judge(reference)
+            o = run.outcome
+            print(f"run {number}: {', '.join(o.kills) or 'no kill'}; {o.drivers} drivers, {o.again} rows again, "
+                  f"{o.seconds} s{'; VIOLATED' if o.faults else ''}", flush=True)  # fmt: skip
+            for fault in o.faults:
+                print(f"  {fault}\n  again with: --seed {seed} --only {number}; files in {folder}", flush=True)
+            if not o.faults:
+                shutil.rmtree(folder)
+    finally:
+        ground.close()
+    lines = table(outcomes)
+    print("\n".join(lines))
+    bad = [o.run for o in outcomes if o.faults]
+    if out:
+        record = {
+            "command": f"python -m tests.ray.chaos --kills {kills} --seed {seed}", "cores": os.cpu_count(),
+            "kills": dict(Counter(k for o in outcomes for k in o.kills)), "runs": [vars(o) for o in outcomes],
+            "table": lines,
+        }  # fmt: skip
+        Path(out).write_text(json.dumps(record, indent=1) + "\n")
+    if bad:
+        print(f"violated in runs {bad} of seed {seed}")
+        return 1
+    shutil.rmtree(place)
+    return 0
+
+
+if __name__ == "__main__":
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--kills", type=int, default=100)
+    words.add_argument("--seed", type=int, default=0)
+    words.add_argument("--only", type=int, help="this run of the seed alone")
+    words.add_argument("--out", help="JSON file for the outcome")
+    given = words.parse_args()
+    sys.exit(main(given.kills, given.seed, given.only, given.out))

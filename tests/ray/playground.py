@@ -1,0 +1,69 @@
+"""A small Ray cluster on this machine whose processes may be found and killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
+# A node that is gone is known after 2 s; Ray's own 15 to 30 s only make the runs longer.
+GCS = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+
+
+class Playground:
+    """A cluster whose nodes may be killed; its head runs no renderer."""
+
+    def __init__(self) -> None:
+        for key, value in ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        from ray.cluster_utils import Cluster
+
+        self.place = tempfile.mkdtemp(prefix="rc", dir="/tmp")
+        head = NODE | {"num_cpus": 0, "temp_dir": self.place, "_system_config": GCS}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.cluster.add_node(**NODE) for _ in "ab"]
+        self.cluster.wait_for_nodes()
+
+    def workers(self, nodes: list[Any] | None = None) -> Iterator[psutil.Process]:
+        """Ray worker processes, idle or not, on some nodes or on all."""
+        for node in nodes or [self.cluster.head_node, *self.nodes]:
+            for raylet in node.all_processes["raylet"]:
+                for process in children(raylet.process.pid):
+                    if title(process).startswith("ray::"):
+                        yield process
+
+    def actors(self) -> list[psutil.Process]:
+        """The render actors, also while they start."""
+        return [p for p in self.workers() if "Render" in title(p)]
+
+    def lose_a_node(self, node: Any) -> None:
+        """Kills a node at once; another one joins."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.nodes.remove(node)
+        self.nodes.append(self.cluster.add_node(**NODE))
+
+    def close(self) -> None:
+        """Ends every process of the cluster."""
+        self.cluster.shutdown()
+        shutil.rmtree(self.place, ignore_errors=True)
+
+
+def children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """What `ps` shows first; Ray names its workers there."""
+    try:
+        return (process.cmdline() or [""])[0]
+    except psutil.Error:
+        return ""
