@@ -82,7 +82,9 @@ class Progress:
 
     def _show(self, last: bool = False) -> None:
         if self.live:
-            sys.stdout.write("\r\x1b[2K" + self.line() + ("\n" if last else ""))
+            # A line that wraps would leave its upper part behind.
+            line = self.line() if last else self.line()[: console.width - 1]
+            sys.stdout.write("\r\x1b[2K" + line + ("\n" if last else ""))
             sys.stdout.flush()
         elif not last or self._said != self.done:
             self._said = self.done

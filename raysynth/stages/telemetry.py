@@ -39,7 +39,9 @@ class RenderMetrics:
         self.shards = named(Counter, "shards", "Answers of actors, one a shard.", "outcome")
         self.retried = named(Counter, "shards_retried", "Shards committed after more than one attempt.")
         self.gpu_seconds = named(Counter, "gpu_seconds", "GPU seconds of rendering.")
-        self.seconds = named(
+        # A counter too: Ray's agent makes up a histogram's sum from the middles of its buckets.
+        self.seconds = named(Counter, "seconds", "Seconds of all shards in a step.", "step")
+        self.spread = named(
             Histogram, "step_seconds", "Seconds a shard spends in a step.", "step", boundaries=STEP_BOUNDS
         )
         self.busy = named(Gauge, "busy_share", "Share of an actor's time in which it renders.", "worker")
@@ -49,7 +51,8 @@ class RenderMetrics:
         # A series that starts with its first event shows no increase by it; Ray refuses to add nothing.
         for status in ("ok", "failed", "rejected"):
             self.images.inc(1e-9, {"status": status})
-        self.retried.inc(1e-9)
+        for counter in (self.retried, self.gpu_seconds):
+            counter.inc(1e-9)
 
     def add(self, row: Mapping[str, Any], sums: Throughput, done: int, now: float) -> None:
         """One row of statistics came in; `sums` and `done` have it already."""
@@ -61,7 +64,10 @@ class RenderMetrics:
             self.retried.inc()
         if row["render_s"]:
             for step in STEPS:
-                self.seconds.observe(float(row[f"{step}_s"]), {"step": step})
+                seconds = float(row[f"{step}_s"])
+                self.spread.observe(seconds, {"step": step})
+                if seconds:
+                    self.seconds.inc(seconds, {"step": step})
             if self.gpus_each:
                 self.gpu_seconds.inc(float(row["render_s"]) * self.gpus_each)
         self.repeat(sums, done, now)

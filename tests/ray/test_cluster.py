@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,14 +14,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import promql_parser
 import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.engine import keys_of, synthetic_set, wanted_rows
 
 REPOSITORY = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
 QUICKSTART = "raysynth/quickstart.yaml"
-# The whole road with the fewest steps; how good the answer is, is not this test's to say.
-SMALL = ["generator.steps=20", "classifier.steps=10", "sweep.seeds=[0]", "evaluation.bootstraps=100"]
+# The whole road with two arms and the fewest steps; how good the answer is, is not this test's to say.
+SMALL = [
+    "sweep.only=[real,mix x10]", "sweep.seeds=[0]", "generator.steps=20", "classifier.steps=10",
+    "evaluation.bootstraps=100",
+]  # fmt: skip
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -31,6 +41,7 @@ class Head:
 
     address: str
     dashboard: str
+    metrics: str
     environment: dict[str, str]
     processes: list[subprocess.Popen]
 
@@ -69,25 +80,27 @@ def wait_for(port: int, what: str) -> None:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A head with a dashboard on loopback, ended by pid."""
-    port, dashboard = free_port(), free_port()
+    port, dashboard, metrics = free_port(), free_port(), free_port()
     place = tempfile.mkdtemp(prefix="rh", dir="/tmp")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(REPOSITORY)}
-    found = Head(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment, [])
+    here = "http://127.0.0.1"
+    found = Head(f"127.0.0.1:{port}", f"{here}:{dashboard}", f"{here}:{metrics}/metrics", environment, [])
     found.start(
         "--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         # The default port is any other Ray's on this machine too; without it no job can be submitted.
-        f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=200000000",
-        f"--temp-dir={place}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={metrics}", "--num-cpus=2",
+        "--object-store-memory=200000000", f"--temp-dir={place}",
     )  # fmt: skip
     wait_for(port, "the head")
     wait_for(dashboard, "the dashboard")
+    wait_for(metrics, "the agent of the head")
     yield found
     for process in found.processes:
         os.killpg(process.pid, signal.SIGTERM)
     for process in found.processes:
         try:
-            process.wait(20)
+            process.wait(5)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(20)
@@ -107,9 +120,104 @@ def test_the_quickstarts_experiment_by_ray_job_submit(head: Head, tmp_path: Path
         time.sleep(2)
     assert done.returncode == 0, text[-3000:]
     assert "succeeded" in text
-    assert "8 trials done" in text
-    assert len(list(root.glob("train-classifier/*/_SUCCESS"))) == 8
+    assert "2 trials done" in text
+    assert len(list(root.glob("train-classifier/*/_SUCCESS"))) == 2
     assert list(root.glob("report/*/index.html"))
+
+
+def scrape(url: str, into: dict[str, list[dict[str, str]]]) -> dict[tuple[str, str], float]:
+    """Reads a Prometheus endpoint; `into`: metric -> labels of each of its series, kept over scrapes.
+
+    Returns:
+        (metric, value of `status`, `outcome` or `step`) -> value, of this project's metrics.
+    """
+    values = {}
+    for family in text_string_to_metric_families(requests.get(url, timeout=20).text):
+        for sample in family.samples:
+            into.setdefault(sample.name, []).append(sample.labels)
+            kind = sample.labels.get("status") or sample.labels.get("outcome") or sample.labels.get("step", "")
+            values[sample.name, kind] = sample.value
+    return values
+
+
+def used(expression: Any) -> list[tuple[str, set[str]]]:
+    """(metric, labels it must have) of every selector in a PromQL expression."""
+    if isinstance(expression, promql_parser.MatrixSelector):
+        return used(expression.vector_selector)
+    if isinstance(expression, promql_parser.VectorSelector):
+        return [(expression.name, {m.name for m in expression.matchers.matchers})]
+    if isinstance(expression, promql_parser.AggregateExpr):
+        grouped = set(expression.modifier.labels) if expression.modifier else set()
+        return [(name, labels | grouped) for name, labels in used(expression.expr)]
+    parts = [getattr(expression, part, None) for part in ("lhs", "rhs", "expr")] + list(getattr(expression, "args", []))
+    return [found for part in parts if part is not None for found in used(part)]
+
+
+def test_prometheus_grafana_and_the_dashboards_names(head: Head, tmp_path: Path) -> None:
+    """One real rendering, with a row that fails: what Prometheus is told of it, and what Ray's dashboard calls it."""
+    n, replicas = 12, 8
+    bad = keys_of(wanted_rows(n, replicas))[3]
+    how = {
+        "address": head.address, "n": n, "replicas": replicas, "compute": {"cpus_per_renderer": 0.5},
+        "renderer": {"seconds_a_row": 0.1, "broken": [bad]},
+    }  # fmt: skip
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "tests.ray.driver", str(tmp_path), json.dumps(how)], env=head.environment,
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    seen: dict[str, list[dict[str, str]]] = {}
+    while driver.poll() is None:
+        scrape(head.metrics, seen)
+        time.sleep(2)
+    said = driver.communicate()[0]
+    assert driver.returncode == 0, said
+    values = scrape(head.metrics, seen)
+
+    prefix, store = "ray_raysynth", synthetic_set(str(tmp_path))
+    assert values[f"{prefix}_images_total", "ok"] == pytest.approx(n * replicas - 1)
+    assert values[f"{prefix}_images_total", "failed"] == pytest.approx(1)
+    assert values[f"{prefix}_shards_total", "committed"] == n * replicas / 8 == len(store.done())
+    assert values[f"{prefix}_shards_total", "second opinion"] == 1
+    assert values[f"{prefix}_shards_retried_total", ""] == pytest.approx(1)
+    assert values[f"{prefix}_rows_done", ""] == values[f"{prefix}_rows_wanted", ""] == n * replicas
+    rendered = sum(m["render_seconds"] for m in store.markers(store.done()).values())
+    assert values[f"{prefix}_seconds_total", "render"] == pytest.approx(rendered, abs=0.1)
+    workers = {m["worker"] for m in store.markers(store.done()).values()}
+    assert {labels["worker"] for labels in seen[f"{prefix}_busy_share"]} <= workers
+    own = [labels for name, found in seen.items() if name.startswith(prefix) for labels in found]
+    assert {labels["set"] for labels in own} == {store.path.rpartition("/")[2]}
+
+    # What Grafana draws is there, with the labels it asks for. This machine has no GPU: those come from Ray's source.
+    from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
+
+    for name in ("node_gpus_utilization", "node_gram_used"):
+        seen[f"ray_{name}"] = [dict.fromkeys(map(str, METRICS_GAUGES[name].view.columns), "")]
+    board = (REPOSITORY / "cluster" / "grafana" / "raysynth.json").read_text()
+    for name, value in {"$set": ".*", "$window": "5m", "$price": "2.5"}.items():
+        board = board.replace(name, value)
+    asked = [used(promql_parser.parse(t["expr"])) for p in json.loads(board)["panels"] for t in p["targets"]]
+    assert all(asked)
+    for name, labels in [pair for pairs in asked for pair in pairs]:
+        assert name in seen, name
+        assert any(labels <= has.keys() for has in seen[name]), (name, labels, seen[name][0])
+    # Nothing is measured that is not drawn.
+    drawn = {name for pairs in asked for name, _ in pairs}
+    of_histograms = ("_created", "_sum", "_count")
+    assert {name for name in seen if name.startswith(prefix) and not name.endswith(of_histograms)} == {
+        name for name in drawn if name.startswith(prefix)
+    }
+
+    def told(path: str) -> Any:
+        return requests.get(head.dashboard + path, timeout=60).json()
+
+    job = next(j for j in told("/api/jobs/") if "tests.ray.driver" in j["entrypoint"])
+    assert job["metadata"]["experiment"] == "t"
+    rounds = told(f"/api/data/datasets/{job['job_id']}")["datasets"]
+    assert all(r["dataset"].startswith("render-t") for r in rounds)
+    assert {o["name"] for r in rounds for o in r["operators"]} == {"Input", "MapBatches(Render(t by g))"}
+    actors = told(f"/api/v0/actors?filter_keys=job_id&filter_predicates=%3D&filter_values={job['job_id']}")
+    names = [a["class_name"] for a in actors["data"]["result"]["result"]]
+    assert names.count("MapWorker(MapBatches(Render(t by g)))") >= 2
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mount namespaces need root")
