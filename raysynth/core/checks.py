@@ -105,6 +105,59 @@ def _check_data(e: Experiment) -> None:
 
 def _check_generator(e: Experiment) -> None:
     g = resolve_generator(e.generator, e.data.image)
+    _check_conditions(g, e)
+    if g.kind == "external":
+        _check_external(e)
+        return
+    for key in ("images", "columns"):
+        require(getattr(g, key) == getattr(Generator(), key), f"generator.{key}", getattr(g, key),
+                "left out unless generator.kind is external")  # fmt: skip
+    if not g.path:  # of a generator that is trained already these say nothing
+        _check_architecture(g, e)
+    require(
+        not (g.flip and e.data.image.preset == "chest"), "generator.flip", True, "false for chest films",
+        "A mirrored chest film shows situs inversus.",
+    )  # fmt: skip
+    t = e.training_set
+    require(
+        g.path != "" or g.train_on != "donor" or t.n_per_class is not None or (t.fraction or 1) < 1,
+        "generator.train_on", "donor", "train or classifier_subset where the classifier has all of train",
+        "Set training_set.n_per_class or training_set.fraction to leave patients for the generator.",
+    )  # fmt: skip
+
+
+def _check_external(e: Experiment) -> None:
+    """A set that was rendered elsewhere: what its listing must say, and what cannot be asked of it."""
+    g, p, t = e.generator, e.plan, e.training_set
+    c = g.columns
+    require(bool(g.path), "generator.path", g.path, "set with kind: external", "Where is the listing of the images?")
+    require(
+        bool(c.label) != bool(c.findings), "generator.columns", {"label": c.label, "findings": c.findings},
+        "either `label` or `findings`", "label: one column of class names; findings: one column a finding.",
+    )  # fmt: skip
+    require(
+        not (c.findings and e.data.labels.kind == "single"), "generator.columns.findings", c.findings,
+        "empty with data.labels.kind: single",
+    )  # fmt: skip
+    for name in c.attributes:
+        require(name in e.data.columns.attributes, f"generator.columns.attributes.{name}", name,
+                f"one of data.columns.attributes ({', '.join(e.data.columns.attributes)})")  # fmt: skip
+    require(
+        p.kind == "replicate", "plan.kind", p.kind, "replicate with generator.kind: external",
+        "The plan is the listing; choose from it by ratio, n_synth or quota.",
+    )  # fmt: skip
+    require(
+        t.strategy != "upper_bound", "training_set.strategy", t.strategy, "another with generator.kind: external",
+        "Which real images its generator saw is not known.",
+    )  # fmt: skip
+    require(
+        t.strategy != "duplicate" or t.ratio is not None or t.n_synth is not None, "training_set.strategy", t.strategy,
+        "used with training_set.ratio or n_synth where generator.kind is external",
+        "How often would each image be repeated?",
+    )  # fmt: skip
+
+
+def _check_architecture(g: Generator, e: Experiment) -> None:
     size, multipliers = g.size or 0, g.channel_multipliers or []
     require(bool(multipliers), "generator.channel_multipliers", multipliers, "at least one level")
     require(min(multipliers) >= 1, "generator.channel_multipliers", multipliers, ">= 1 each")
@@ -135,22 +188,15 @@ def _check_generator(e: Experiment) -> None:
         "v where generator.zero_terminal_snr is true",
         "At pure noise epsilon says nothing of the image: use prediction: v, or zero_terminal_snr: false.",
     )  # fmt: skip
+
+
+def _check_conditions(g: Generator, e: Experiment) -> None:
     allowed = {"label", "age_bin", *e.data.columns.attributes, *(["site"] if e.data.columns.site else [])}
     for i, name in enumerate(g.conditions):
         require(
             name in allowed, f"generator.conditions[{i}]", name, f"one of {', '.join(sorted(allowed))}",
             "Map the attribute under data.columns.attributes.",
         )  # fmt: skip
-    require(
-        not (g.flip and e.data.image.preset == "chest"), "generator.flip", True, "false for chest films",
-        "A mirrored chest film shows situs inversus.",
-    )  # fmt: skip
-    t = e.training_set
-    require(
-        g.train_on != "donor" or t.n_per_class is not None or (t.fraction or 1) < 1,
-        "generator.train_on", "donor", "train or classifier_subset where the classifier has all of train",
-        "Set training_set.n_per_class or training_set.fraction to leave patients for the generator.",
-    )  # fmt: skip
 
 
 def _check_numbers(g: Generator) -> None:
@@ -166,12 +212,12 @@ def _check_numbers(g: Generator) -> None:
 
 
 def _check_plan(e: Experiment) -> None:
-    p, s = e.plan, e.sampling
+    p, s, external = e.plan, e.sampling, e.generator.kind == "external"
     typed = [k for k in ("ratio", "n_synth") if getattr(p, k) is not None] + (["quota"] if p.quota else [])
     require(len(typed) <= 1, "plan", typed, "at most one of ratio, n_synth, quota")
     require(p.replicas >= 1, "plan.replicas", p.replicas, ">= 1")
     require(
-        p.kind == "balanced" or p.ratio is None or p.ratio <= p.replicas, "plan.ratio", p.ratio,
+        p.kind == "balanced" or external or p.ratio is None or p.ratio <= p.replicas, "plan.ratio", p.ratio,
         f"at most plan.replicas ({p.replicas})", f"Set plan.replicas={math.ceil(p.ratio or 0)}.",
     )  # fmt: skip
     _check_seed("plan.seed", p.seed)
@@ -192,7 +238,7 @@ def _check_plan(e: Experiment) -> None:
         "model alone.",
     )  # fmt: skip
     require(
-        s.guidance_scale == 1 or e.generator.condition_dropout > 0,
+        s.guidance_scale == 1 or e.generator.condition_dropout > 0 or e.generator.path != "",
         "sampling.guidance_scale", s.guidance_scale, "1 with generator.condition_dropout 0",
         "The generator never learned the unconditional model.",
     )  # fmt: skip
@@ -213,7 +259,7 @@ def _check_plan(e: Experiment) -> None:
     require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
     require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
     require(
-        1 <= s.steps <= e.generator.timesteps, "sampling.steps", s.steps,
+        1 <= s.steps and (s.steps <= e.generator.timesteps or e.generator.path != ""), "sampling.steps", s.steps,
         f"1 to generator.timesteps ({e.generator.timesteps})",
     )  # fmt: skip
 
@@ -221,8 +267,8 @@ def _check_plan(e: Experiment) -> None:
 def _check_compute(e: Experiment) -> None:
     c, g = e.compute, e.generator
     for key in (
-        "render_workers", "micro_batch", "shard_rows", "render_threads", "ingest_rows", "train_threads",
-        "checkpoint_every", "sample_every", "train_accumulation",
+        "render_workers", "max_render_workers", "micro_batch", "shard_rows", "render_threads", "ingest_rows",
+        "train_threads", "checkpoint_every", "sample_every", "train_accumulation",
     ):  # fmt: skip
         value = getattr(c, key)
         require(value is None or value >= 1, f"compute.{key}", value, ">= 1")

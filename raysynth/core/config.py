@@ -116,7 +116,7 @@ def arms(e: Experiment) -> list[Arm]:
     alone = dataclasses.replace(e.evaluation, primary=Primary())
     base = dataclasses.replace(e, sweep=Sweep(), evaluation=alone)
     merged = _merge(OmegaConf.structured(Experiment), dataclasses.asdict(base))
-    named = s.arms or {"" if s.factors else e.training_set.strategy: {}}
+    named = s.chosen or {"" if s.factors else e.training_set.strategy: {}}
     found = []
     for name, changes in named.items():
         for values in itertools.product(*s.factors.values()):
@@ -137,7 +137,9 @@ def arms(e: Experiment) -> list[Arm]:
 def external_data(e: Experiment, name: str) -> Experiment:
     """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
     section = e.evaluation.test_sets[name]
-    alone = dataclasses.replace(e, sweep=Sweep(), evaluation=Evaluation())
+    # Its images were in no earlier table of this experiment's.
+    data = dataclasses.replace(e.data, split=dataclasses.replace(e.data.split, keep=None))
+    alone = dataclasses.replace(e, data=data, sweep=Sweep(), evaluation=Evaluation())
     try:
         return vary(alone, {"data": section, "name": f"{e.name}-{name}"})
     except ConfigError as error:

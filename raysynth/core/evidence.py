@@ -186,8 +186,15 @@ class Sweep:
 
     arms: dict[str, Any] = field(default_factory=dict)
     """Name -> keys that differ in this arm, such as `mix x3: {training_set.strategy: mix, training_set.ratio: 3}`."""
+    only: list[str] = field(default_factory=list)
+    """Train and compare these arms alone; empty: all. The others' classifiers stay and count again later."""
     factors: dict[str, Any] = field(default_factory=dict)
     """Key -> list of values, crossed with every arm: `sampling.guidance_scale: [1, 2, 4]`."""
     seeds: list[int] = field(default_factory=lambda: [0])
     seed_keys: list[str] = field(default_factory=lambda: ["classifier.seed"])
     """Keys that take each seed. Adding training_set.seed also varies the real subset (and with it the generator)."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The arms that are compared."""
+        return {name: keys for name, keys in self.arms.items() if not self.only or name in self.only}

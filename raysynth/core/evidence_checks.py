@@ -28,9 +28,10 @@ def _check_training_set(e: Experiment) -> None:
         t.ratio is None or t.ratio > 0, "training_set.ratio", t.ratio, "> 0",
         "Use strategy: real for no synthetic images.",
     )  # fmt: skip
-    duplicates = t.strategy == "duplicate"
+    # How many there are is then known from the data only.
+    free = t.strategy == "duplicate" or p.kind == "balanced" or e.generator.kind == "external"
     require(
-        duplicates or p.kind == "balanced" or t.ratio is None or t.ratio <= (p.ratio or p.replicas),
+        free or t.ratio is None or t.ratio <= (p.ratio or p.replicas),
         "training_set.ratio", t.ratio, f"at most the ratio that is rendered ({p.ratio or p.replicas:g})",
         f"Set plan.replicas={math.ceil(t.ratio or 0)} and leave plan.ratio out.",
     )  # fmt: skip
@@ -134,6 +135,8 @@ def _check_sweep(e: Experiment) -> None:
                 not key.startswith(("sweep", "evaluation", "compute", "root", "name")), f"sweep.arms[{name}].{key}",
                 changes[key], "a key that an arm may change", "Arms differ in what is made and trained, not judged.",
             )  # fmt: skip
+    for name in s.only:
+        require(name in s.arms, "sweep.only", name, f"an arm of the sweep ({', '.join(s.arms)})")
     for key, values in s.factors.items():
         require(
             isinstance(values, list) and bool(values), f"sweep.factors.{key}", values, "a list of values",
@@ -145,8 +148,8 @@ def _check_sweep(e: Experiment) -> None:
     if p.arm or p.against:
         for key, arm in (("arm", p.arm), ("against", p.against)):
             # With factors the names are longer; they are checked when the arms are known.
-            known = ", ".join(s.arms)
+            known = ", ".join(s.chosen)
             require(
-                bool(arm) and (bool(s.factors) or arm in s.arms), f"evaluation.primary.{key}", arm,
+                bool(arm) and (bool(s.factors) or arm in s.chosen), f"evaluation.primary.{key}", arm,
                 f"an arm of the sweep ({known})",
             )  # fmt: skip

@@ -1,8 +1,8 @@
 """The experiment: one frozen dataclass per section of the YAML file.
 
 A field whose default is `null` takes its value from the section's `preset` (see `core.presets`). Everything here is
-hashed into artifact names except `compute`, which may change freely. What asks whether the images help is in
-`core.evidence`.
+hashed into artifact names except `compute`, which may change freely. Where synthetic images come from is in
+`core.generator`, what asks whether they help in `core.evidence`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Literal
 from omegaconf import MISSING
 
 from raysynth.core.evidence import Classifier, Evaluation, Sweep, TrainingSet
+from raysynth.core.generator import Generator
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Split:
     on_conflict: Literal["refuse", "quarantine"] = "refuse"
     """A patient in two fixed splits: refuse the data, or keep the most held-out split and quarantine the
     rest."""
+    keep: str | None = None
+    """Ingest artifact of the data before they grew (its folder or its table.parquet): whoever was in train, val or
+    test there stays in it, and new patients are dealt so that the fractions are approached."""
 
 
 @dataclass(frozen=True)
@@ -112,57 +116,6 @@ class Data:
     """Cut points in years; adds the attribute `age_bin`."""
     max_quarantined_fraction: float = 0.05
     """More quarantined images than this end ingest with exit code 3."""
-
-
-@dataclass(frozen=True)
-class Generator:
-    """The pixel-space conditional DDPM (Ho 2020; the Synthetically Enhanced family)."""
-
-    kind: Literal["ddpm"] = "ddpm"
-    preset: Literal["tiny", "small", "base", "paper"] = "tiny"
-    """tiny 0.7 M parameters (CPU, <= 32 px) ... paper: 128 channels, multipliers 1,1,2,2,4,4, 256 px."""
-    train_on: Literal["classifier_subset", "train", "donor"] = "classifier_subset"
-    """Which real images the generator sees: the classifier's subset; the whole train split; or the train
-    split without the subset's patients. More than the subset must be typed, and reports say so."""
-    size: int | None = None
-    """Side of generated images, pixels; null: data.image.size."""
-    base_channels: int | None = None
-    channel_multipliers: list[int] | None = None
-    res_blocks: int | None = None
-    attention_resolutions: list[int] | None = None
-    """Feature-map sides, in pixels, that have self-attention."""
-    heads: int | None = None
-    dropout: float = 0.0
-    conditions: list[str] = field(default_factory=lambda: ["label"])
-    """What the generator is told: `label` and any attribute names; `age` enters in decades."""
-    condition_dropout: float = 0.1
-    """Probability of training a sample without condition, for classifier-free guidance (Ho & Salimans
-    2022)."""
-    prediction: Literal["v", "epsilon"] = "v"
-    schedule: Literal["cosine", "linear", "sigmoid"] = "cosine"
-    timesteps: int = 1000
-    zero_terminal_snr: bool = True
-    """Rescale the schedule so that the last step is pure noise (Lin 2024, 2305.08891)."""
-    min_snr_gamma: float | None = None
-    """Min-SNR loss weight (Hang 2023, 2303.09556), commonly 5; null: plain MSE."""
-    optimizer: Literal["adamw", "lion"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    grad_clip: float = 1.0
-    batch_size: int = 64
-    """Global batch, over all workers and accumulation steps."""
-    steps: int = 2000
-    """Optimizer steps."""
-    ema_decay: float = 0.999
-    """Exponential moving average of the weights, warmed up as min(decay, (1 + step) / (10 + step))."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    class_balanced: bool = True
-    """Draw classes (or findings) equally often; false: as frequent as in the data."""
-    flip: bool = False
-    """Random horizontal flips; refused for chest films, whose heart is on the left."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -219,9 +172,16 @@ class Compute:
     use_gpu: bool | None = None
     """Null: GPUs if the cluster has any."""
     render_workers: int | None = None
-    """Render actors; null: one a GPU, or one a CPU."""
+    """Render actors to begin with; null: as many as the cluster has GPUs for, or CPUs."""
+    max_render_workers: int | None = None
+    """The pool grows up to this while nodes join; null: it does not grow. It always outlives nodes that leave."""
     gpus_per_renderer: float = 1.0
+    """GPUs of one render actor; .5 puts two on one GPU."""
     cpus_per_renderer: float = 1.0
+    accelerator: str | None = None
+    """Ray's accelerator type that renderers need, such as `H100`; one synthetic set is rendered on one type."""
+    render_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that may render, as Ray's label selectors: `market-type: spot`, `region: in(us-west-1)`."""
     render_threads: int = 1
     """torch threads of a CPU renderer; fixed in render.json."""
     compile: bool = False

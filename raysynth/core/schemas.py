@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 LABEL = "label_"
 ATTRIBUTE = "attr_"
+LOCATION = "location"
+"""Column of an imported plan beside `plan_schema`: where the image of the row lies (data.reading)."""
 
 IMAGE_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

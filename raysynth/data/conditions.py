@@ -120,7 +120,8 @@ class ConditionSpec:
         """Condition vectors of rows.
 
         Args:
-            columns: `label_*` (1, 0, -1, null) and `attr_*` (text, null) columns of equal length N.
+            columns: `label_*` (1, 0, -1, null) and `attr_*` (text, null) columns of equal length N. A class of the
+                generator that these rows' data do not have, while they have others, is not annotated.
 
         Returns:
             conditions: (N, dim) float32.
@@ -128,10 +129,11 @@ class ConditionSpec:
         Raises:
             DataError: a column is absent, or a row asks for a class or category that the generator never saw.
         """
+        some = any(LABEL + c in columns for c in self.classes)
         for name in self.columns:
-            if name not in columns:
+            if name not in columns and not (some and name.startswith(LABEL)):
                 raise DataError(name, None, "a column of the rows", f"The generator was told {self.columns}.")
-        n = len(columns[self.columns[0]]) if self.columns else len(next(iter(columns.values()), []))
+        n = len(next(iter(columns.values()), []))
         parts = [self._encode_labels(columns, n)]
         for attribute, categories in self.attributes.items():
             parts.append(self._encode_attribute(attribute, categories, columns[ATTRIBUTE + attribute]))
@@ -142,7 +144,10 @@ class ConditionSpec:
     def _encode_labels(self, columns: Mapping[str, Sequence[Any]], n: int) -> np.ndarray:
         if not self.classes:
             return np.zeros((n, 0), np.float32)
-        values = np.stack([_labels(columns, c, self.policy.get(c, "ignore")) for c in self.classes], axis=1)
+        values = np.stack([
+            _labels(columns, c, self.policy.get(c, "ignore")) if LABEL + c in columns else np.full(n, -1, np.int8)
+            for c in self.classes
+        ], axis=1)  # fmt: skip
         for i, name in enumerate(self.classes):
             if name not in self.seen and (values[:, i] == 1).any():
                 raise DataError(

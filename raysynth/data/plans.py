@@ -74,7 +74,7 @@ def plan_rows(sources: pa.Table, experiment: Experiment) -> pa.Table:
         source, replica = np.tile(once, p.replicas), np.repeat(np.arange(p.replicas), len(once))
     else:
         source, replica = _balanced(sources, experiment, order)
-    return _rows(sources, source, replica)
+    return _rows(sources, source, replica, experiment.data.labels.kind == "single")
 
 
 def _balanced(sources: pa.Table, experiment: Experiment, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +90,13 @@ def _balanced(sources: pa.Table, experiment: Experiment, order: np.ndarray) -> t
     return source, replica
 
 
-def _rows(sources: pa.Table, source: np.ndarray, replica: np.ndarray) -> pa.Table:
+def _rows(sources: pa.Table, source: np.ndarray, replica: np.ndarray, single: bool) -> pa.Table:
     labels, attributes = label_names(sources.schema), attribute_names(sources.schema)
     schema = plan_schema(labels, attributes)
     n = len(source)
     at = pa.array(source)
     columns = {
-        "row_key": pa.array(_row_keys(sources, source, replica), pa.string(), size=n),
+        "row_key": pa.array(_row_keys(sources, source, replica, single), pa.string(), size=n),
         "rank": np.arange(n),
         "source_image_id": sources["image_id"].take(at),
         "replica": replica.astype(np.int32),
@@ -109,9 +109,9 @@ def _rows(sources: pa.Table, source: np.ndarray, replica: np.ndarray) -> pa.Tabl
     return pa.table(columns, schema=schema)
 
 
-def _row_keys(sources: pa.Table, source: np.ndarray, replica: np.ndarray) -> Iterator[str]:
+def _row_keys(sources: pa.Table, source: np.ndarray, replica: np.ndarray, single: bool) -> Iterator[str]:
     # A source's hash is made once and copied for each replica: 1 microsecond a row instead of 10.
-    hashes = list(_source_hashes(sources))
+    hashes = list(_source_hashes(sources, single))
     suffix = [str(r).encode() for r in range(int(replica.max(initial=0)) + 1)]
     for s, r in zip(source.tolist(), replica.tolist()):
         h = hashes[s].copy()
@@ -119,7 +119,7 @@ def _row_keys(sources: pa.Table, source: np.ndarray, replica: np.ndarray) -> Ite
         yield h.hexdigest()
 
 
-def _source_hashes(sources: pa.Table) -> Iterator[hashlib.blake2b]:
+def _source_hashes(sources: pa.Table, single: bool) -> Iterator[hashlib.blake2b]:
     """Hash of canonical condition, NUL, source id, NUL, to be ended by the replica. JSON has no NUL, so it is
     injective."""
     labels, attributes = label_names(sources.schema), attribute_names(sources.schema)
@@ -130,10 +130,11 @@ def _source_hashes(sources: pa.Table) -> Iterator[hashlib.blake2b]:
     for image_id, condition in zip(sources["image_id"].to_pylist(), values):
         text = conditions.get(condition)
         if text is None:
-            # Unknowns are left out: a column that is added later changes only the rows it describes.
+            # Unknowns are left out: a column that is added later changes only the rows it describes. Of one class an
+            # image only that class counts, so that a new class leaves the others' rows as they are.
             known = {
                 "mode": MODE,
-                "labels": {n: v for n, v in zip(labels, condition) if v is not None},
+                "labels": {n: v for n, v in zip(labels, condition) if v is not None and (v == 1 or not single)},
                 "attributes": {n: v for n, v in zip(attributes, condition[len(labels) :]) if v is not None},
                 "prompt": None,
             }

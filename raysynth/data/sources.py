@@ -50,11 +50,12 @@ class SourceListing:
     """What a person should know, one sentence each."""
 
 
-def list_source(data: Data, name: str) -> SourceListing:
+def list_source(data: Data, name: str, every_class: bool = True) -> SourceListing:
     """Every row of the source, its labels and attributes, and the digest of what is there now.
 
     Args:
         name: the experiment's name, the data set's name where `data.dataset` is empty.
+        every_class: refuse a source without a usable image of some class.
 
     Raises:
         DataError: the table or folder cannot be read, a column is not there, a class has no images.
@@ -69,10 +70,10 @@ def list_source(data: Data, name: str) -> SourceListing:
         if image_id in seen:
             bad.setdefault(row, "duplicate id: an earlier row has it")
         seen.add(image_id)
-    return _listing(data, data.dataset or name, found, bad)
+    return _listing(data, data.dataset or name, found, bad, every_class)
 
 
-def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str]) -> SourceListing:
+def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str], every_class: bool) -> SourceListing:
     classes, n = found.annotations.classes, len(found.ids)
     check_policy(data.labels, classes)
     fixed, keep = _splits(found.split, n), np.array([row not in bad for row in range(n)], bool)
@@ -81,7 +82,8 @@ def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str]) -> Sou
             "data.path", data.path, "a source with at least one usable row",
             f"Of {n} rows none is: {found.ids[0]!r}: {bad[0]}.",
         )  # fmt: skip
-    require_positives(classes, found.annotations.values, bad, "rows")
+    if every_class:
+        require_positives(classes, found.annotations.values, bad, "rows")
     cells = dict(found.attributes)
     if found.site is not None:
         cells.setdefault("site", found.site)  # so that a generator can be conditioned on it

@@ -2,7 +2,8 @@
 
 Iterative stratification (Sechidis, Tsoumakas & Vlahavas 2011, algorithm 1) over units with their label counts: the
 rarest label left is dealt out first, each unit to the split that most wants that label. Right for single labels too.
-Splits that the data fixes are kept. Knows no files and no pixels.
+Splits that the data fixes are kept, and so are those of an earlier image table, so that data may grow without a
+patient changing sides. Knows no files and no pixels.
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ def _deal(
 
 
 def assign_splits(
-    units: np.ndarray, patients: Sequence[str], fixed: Sequence[str | None], positives: np.ndarray, split: Split
+    units: np.ndarray, patients: Sequence[str], fixed: Sequence[str | None], positives: np.ndarray, split: Split,
+    earlier: Sequence[str | None] | None = None,
 ) -> Assignment:
     """A split for every image.
 
-    A unit with a fixed split takes its other images along. The rest is dealt to train and to the splits that the data
-    does not fix; where the data fixes train but lacks val or test, those are carved from train, in the same
-    proportion to train as they would have had.
+    A unit with a fixed or an earlier split takes its other images along. The rest is dealt to train and to the splits
+    that the data does not fix, so that these approach their shares of all images; where the data fixes train but lacks
+    val or test, those are carved from train, in the same proportion to train as they would have had.
 
     Args:
         units: (N,) unit of each image.
@@ -89,58 +91,76 @@ def assign_splits(
         fixed: train, val, test or null per image.
         positives: (N, L) bool, labels that are present.
         split: fractions, seed and what to do with a unit in two fixed splits.
+        earlier: as `data.earlier.earlier_splits`; these never change.
 
     Raises:
-        DataError: a unit is in two fixed splits and `split.on_conflict` is `refuse`.
-    """
+        DataError: a unit is in two fixed or earlier splits and `split.on_conflict` is `refuse`.
+    """  # fmt: skip
     _, units = np.unique(units, return_inverse=True)
     n_units = int(units.max()) + 1 if len(units) else 0
-    code = np.array([SPLITS.index(f) if f else -1 for f in fixed], np.int64)
-    unit_split, conflicts = _fixed_units(units, n_units, patients, code, split)
+    code, before = _codes(fixed), _codes(earlier or [None] * len(units))
+    kept = _highest(units, n_units, before)
+    # What an earlier ingest carved from the data's train images does not contradict the data.
+    carved = (code == 0) & (kept[units] > 0) & ~np.isin(kept[units], code)
+    code = np.where(carved, -1, code)
+    by_data = _highest(units, n_units, code)
+    unit_split = np.maximum(by_data, kept)
+    conflicts = _conflicts(units, unit_split, patients, (code, before), split)
 
     name = {int(u): p for u, p in sorted(zip(units, patients), key=lambda pair: pair[1], reverse=True)}
     order = np.array(sorted(range(n_units), key=lambda u: name[u]), np.int64)  # row order must not matter
-    kept = np.array([i not in conflicts for i in range(len(units))], bool)
-    counts = _unit_counts(units[kept], n_units, positives[kept])
+    usable = np.array([i not in conflicts for i in range(len(units))], bool)
+    counts = _unit_counts(units[usable], n_units, positives[usable])
 
     share = {"train": 1 - split.val - split.test, "val": split.val, "test": split.test}
-    present = {SPLITS[s] for s in np.unique(unit_split) if s >= 0}
+    present = {SPLITS[s] for s in np.unique(by_data) if s >= 0}
     open_splits = ["train", *(s for s in SPLITS[1:] if s not in present and share[s] > 0)]
     weights = np.array([share[s] for s in open_splits]) / sum(share[s] for s in open_splits)
-    pool = unit_split < 0
-    train = unit_split == 0
-    carve = len(open_splits) > 1 and train.any()
-    if carve and counts[pool, -1].sum() < (1 - weights[0]) * counts[pool | train, -1].sum():
-        pool, train = pool | train, np.zeros_like(train)
-    else:
-        carve = False
+    held = np.stack([unit_split == SPLITS.index(s) for s in open_splits])
+    pool, movable = unit_split < 0, (by_data == 0) & (kept < 0)
+    lacking = weights * counts[pool | held.any(axis=0), -1].sum() - held @ counts[:, -1]
+    carve = len(open_splits) > 1 and movable.any() and counts[pool, -1].sum() < lacking[1:].clip(0).sum()
+    if carve:
+        pool, held = pool | movable, held & ~movable
     members = order[pool[order]]
     if len(members):
-        wanted = _wanted(counts[members], counts[train].sum(axis=0), weights)
+        wanted = _wanted(counts[members], held @ counts, weights)
         chosen = stratify(counts[members], wanted, split.seed)
         unit_split[members] = [SPLITS.index(open_splits[c]) for c in chosen]
     names = [SPLITS[s] for s in unit_split[units]]
     return Assignment(names, conflicts, open_splits[1:] if carve else [])
 
 
-def _fixed_units(
-    units: np.ndarray, n_units: int, patients: Sequence[str], code: np.ndarray, split: Split
-) -> tuple[np.ndarray, dict[int, str]]:
-    """The fixed split of each unit (-1: none): of two, the most held-out one, test before val before train."""
-    unit_split = np.full(n_units, -1, np.int64)
-    np.maximum.at(unit_split, units, code)
+def _codes(splits: Sequence[str | None]) -> np.ndarray:
+    return np.array([SPLITS.index(s) if s else -1 for s in splits], np.int64)
+
+
+def _highest(units: np.ndarray, n_units: int, code: np.ndarray) -> np.ndarray:
+    """The split of each unit (-1: none): of two, the most held-out one, test before val before train."""
+    found = np.full(n_units, -1, np.int64)
+    np.maximum.at(found, units, code)
+    return found
+
+
+def _conflicts(
+    units: np.ndarray, unit_split: np.ndarray, patients: Sequence[str], codes: Sequence[np.ndarray], split: Split
+) -> dict[int, str]:
+    """Images whose unit has a more held-out split than their own, by the data or by the earlier table."""
     conflicts: dict[int, str] = {}
-    for i in map(int, np.flatnonzero((code >= 0) & (code != unit_split[units]))):
-        held, other = SPLITS[unit_split[units[i]]], SPLITS[code[i]]
-        conflicts[i] = f"patient {patients[i]!r} is in two fixed splits, {other} and {held}"
-    if conflicts and split.on_conflict == "refuse":
-        raise DataError(
-            "data.columns.split", f"{next(iter(conflicts.values()))}; {len(conflicts)} images in all",
-            "one split a patient (patients with an identical image count as one)",
-            "Correct the column, leave it out to have the data split here, or set data.split.on_conflict: quarantine "
-            "to keep each such patient's most held-out split and leave the other images out.",
-        )  # fmt: skip
-    return unit_split, conflicts
+    for code, key, word in zip(codes, ("data.columns.split", "data.split.keep"), ("fixed", "earlier")):
+        for i in map(int, np.flatnonzero((code >= 0) & (code != unit_split[units]))):
+            held, other = SPLITS[unit_split[units[i]]], SPLITS[code[i]]
+            why = f"patient {patients[i]!r} is in two {word} splits, {other} and {held}"
+            conflicts.setdefault(i, why)
+        if conflicts and split.on_conflict == "refuse":
+            raise DataError(
+                key, f"{next(iter(conflicts.values()))}; {len(conflicts)} images in all",
+                "one split a patient (patients with an identical image count as one)",
+                "Correct the column or the patients, leave the key out to have the data split here, or set "
+                "data.split.on_conflict: quarantine to keep each such patient's most held-out split and leave the "
+                "other images out.",
+            )  # fmt: skip
+    return conflicts
 
 
 def _unit_counts(units: np.ndarray, n_units: int, positives: np.ndarray) -> np.ndarray:
@@ -153,16 +173,16 @@ def _unit_counts(units: np.ndarray, n_units: int, positives: np.ndarray) -> np.n
     return counts
 
 
-def _wanted(counts: np.ndarray, kept: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(S, L) images each subset should get from `counts`, when train holds `kept` already."""
-    wanted = weights[:, None] * (counts.sum(axis=0) + kept)[None]
+def _wanted(counts: np.ndarray, held: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(S, L) images each subset should get from `counts` (U, L), when it holds `held` (S, L) already."""
+    whole = counts.sum(axis=0) + held.sum(axis=0)
+    wanted = weights[:, None] * whole
     # A rare label rounds to nothing in a small split; one image there is worth more than its share in train.
     enough = (counts > 0).sum(axis=0) >= len(weights)
     scarce = enough & (wanted[1:] < 1)
     wanted[1:][scarce] = 1.0
-    wanted[0] = counts.sum(axis=0) + kept - wanted[1:].sum(axis=0)
-    wanted[0] -= kept
-    return wanted
+    wanted[0] = whole - wanted[1:].sum(axis=0)
+    return wanted - held
 
 
 def require_every_split(

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,13 +64,17 @@ class _Part:
     """Ids whose labels are used; null: their own."""
 
 
-def choose(e: Experiment, table: pa.Table, synthetic: pa.Table | None) -> Chosen:
+def choose(
+    e: Experiment, table: pa.Table, synthetic: pa.Table | None,
+    seen: Collection[str] | None = None, listed: pa.Table | None = None,
+) -> Chosen:
     """The training set of one experiment without a sweep.
 
     Args:
         table: ingest's table: image_id, split, patient_id, label_*, attr_*.
-        synthetic: the plan's rows that were rendered (row_key, source_image_id, split, ...), in any order; null where
-            the strategy needs none.
+        synthetic: the plan's rows that were rendered, in any order; null where the strategy needs none.
+        seen, listed: ids that a generator trained elsewhere saw, for `upper_bound`; the plan of a set that was rendered
+            elsewhere, by rank. Null: as the experiment says.
 
     Raises:
         ConfigError: no `classifier` section.
@@ -85,14 +89,14 @@ def choose(e: Experiment, table: pa.Table, synthetic: pa.Table | None) -> Chosen
     sources = _rows(table, subset)
     real, notes, missing = _real(sources), [], 0
     if t.strategy == "upper_bound":
-        seen = sorted({*subset, *generator_rows(table, e)})
+        seen = sorted({*subset, *(generator_rows(table, e) if seen is None else seen)})
         if len(seen) == len(subset):
             notes.append("the generator saw no real image that the classifier did not: the upper bound is `real`")
         phases = [[_real(_rows(table, seen))]]
     elif t.strategy == "duplicate":
         phases = [[_real(_rows(table, subset + _duplicates(e, sources)))]]
     elif t.needs_synthetic:
-        part, missing = _synthetic(e, sources, synthetic)
+        part, missing = _synthetic(e, sources, synthetic, listed)
         if missing:
             notes.append(f"{missing} of {len(part.ids) + missing} selected synthetic images were not rendered")
         phases = {
@@ -178,12 +182,12 @@ def _wanted(e: Experiment, plan: pa.Table, n_real: int) -> np.ndarray:
     return chosen & rendered
 
 
-def _synthetic(e: Experiment, sources: pa.Table, synthetic: pa.Table | None) -> tuple[_Part, int]:
-    """The selected synthetic rows that were rendered, and how many were not."""
+def _synthetic(e: Experiment, sources: pa.Table, synthetic: pa.Table | None, listed: pa.Table | None) -> tuple:
+    """The selected synthetic rows that were rendered (`_Part`), and how many were not."""
     if synthetic is None:
         raise DataError("training_set.strategy", e.training_set.strategy, "real without synthetic images")
-    plan = plan_rows(sources, e)
-    _check_sources(plan, synthetic, sources)
+    plan = plan_rows(sources, e) if listed is None else listed
+    _check_sources(plan, synthetic, sources if listed is None else None)  # a listing was judged when it was taken in
     wanted = _wanted(e, plan, sources.num_rows)
     there = pc.is_in(plan["row_key"], value_set=synthetic["row_key"].combine_chunks())
     rows = plan.filter(pa.array(wanted & there.to_numpy(zero_copy_only=False)))
@@ -200,10 +204,11 @@ def _synthetic(e: Experiment, sources: pa.Table, synthetic: pa.Table | None) -> 
     return _Part("synthetic", keys, labels.take(at), [keys[i] for i in at]), missing
 
 
-def _check_sources(plan: pa.Table, synthetic: pa.Table, subset: pa.Table) -> None:
+def _check_sources(plan: pa.Table, synthetic: pa.Table, subset: pa.Table | None) -> None:
     """Raises DataError if a row rests on an image outside the real subset, or is none of the plan's."""
-    sources = pc.is_in(synthetic["source_image_id"], value_set=subset["image_id"].combine_chunks())
-    bad = pc.invert(pc.and_(pc.equal(synthetic["split"], "train"), sources))
+    bad = pc.not_equal(synthetic["split"], "train")
+    if subset is not None:
+        bad = pc.or_(bad, pc.invert(pc.is_in(synthetic["source_image_id"], subset["image_id"].combine_chunks())))
     other = pc.invert(pc.is_in(synthetic["row_key"], value_set=plan["row_key"].combine_chunks()))
     for wrong, allowed in (
         (bad, "made from a train image of the classifier's real subset"), (other, "a row of this experiment's plan"),

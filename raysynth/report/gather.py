@@ -159,8 +159,12 @@ def _fidelity(fidelities: Sequence[Artifact], rendered: dict[str, Pipeline]) -> 
 
 def _sheet_words(p: Pipeline) -> str:
     g, s = p.experiment.generator, p.experiment.sampling
-    n = p.generator.run_info()["counts"]["n_real_generator"]
-    return (f"{g.kind} trained on {n:,} real images ({g.train_on.replace('_', ' ')}), {g.steps:,} steps; "
+    if g.kind == "external":
+        return f"rendered elsewhere, listed in {g.path.rstrip('/').rpartition('/')[2]}"
+    counts = p.generator.run_info()["counts"]
+    n, steps = (f"{counts[k]:,}" if counts[k] is not None else "unknown" for k in ("n_real_generator", "steps"))
+    on = f" ({g.train_on.replace('_', ' ')})" if not g.path else ""
+    return (f"{g.kind} trained on {n} real images{on}, {steps} steps; "
             f"{s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}")  # fmt: skip
 
 

@@ -151,6 +151,8 @@ def _generator(data: ReportData) -> Section:
             f"The generator saw {plural(most, 'real image')} that the classifier did not."
             if most > 0 else "The generator saw no real image that the classifier did not."
         ]  # fmt: skip
+        if data.arms.loc[data.arms["n_synth"] > 0, "n_unseen"].isna().any():
+            words = ["Which real images the generator saw is not known."]
     return Section("generator", "Generator", "What the generator saw", words, [], _there(table))
 
 

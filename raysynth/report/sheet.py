@@ -29,7 +29,8 @@ from raysynth.data.attributes import categories
 from raysynth.data.images import decode_png
 from raysynth.data.pictures import StoredPictures
 from raysynth.data.strata import NONE, UNKNOWN, seeded_order, used_labels
-from raysynth.data.subsets import generator_rows, train_split
+from raysynth.data.subsets import train_split
+from raysynth.stages.adoption import seen_by_generator
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
@@ -111,7 +112,9 @@ def contact_sheet(
     synthetic = {c: [keys[i] for i in by_rank if synthetic_cell[i] == c][:SYNTHETIC] for c in shown}
 
     pictures = {k: decode_png(v) for k, v in read([k for c in shown for k in synthetic[c]]).items()}
-    seen = generator_rows(table, experiment)
+    known = seen_by_generator(experiment, storage, table).ids
+    # Where nobody knows what the generator saw, copies are looked for among all that it may have seen.
+    seen = sorted(known if known is not None else train["image_id"].to_pylist())
     most = next(n for side, n in NEAREST_AMONG.items() if experiment.data.image.size <= side)
     pictures_of = StoredPictures(storage, images.file("images"), table["image_id"].to_pylist())
     pool = pictures_of.sample(seen, most)
@@ -128,15 +131,20 @@ def contact_sheet(
         )
         for c in shown
     ]  # fmt: skip
-    g, s = experiment.generator, experiment.sampling
+    e, g, s = experiment, experiment.generator, experiment.sampling
     hidden = len(cells.order) - len(shown)
     subtitle = f"{len(ids):,} real images in the train split, {len(keys):,} synthetic images"
     subtitle += f"; {hidden} more rows not shown" if hidden > 0 else ""
     among = f"{len(pool):,} of the {len(seen):,}" if len(pool) < len(seen) else f"the {len(seen):,}"
-    caption = (
+    made = (
         f"Generator: {g.preset} {g.kind}, {g.steps:,} steps on {len(seen):,} real images ({g.train_on}). "
-        f"Sampling: {s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}, plan seed {experiment.plan.seed}. "
-        f"Nearest: by pixel distance among {among} images the generator was trained on. "
+        if not g.path else f"Images listed at {g.path}. " if g.kind == "external" else f"Generator: {g.path}. "
+    )
+    if g.kind != "external":
+        made += f"Sampling: {s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}, plan seed {e.plan.seed}. "
+    trained = "the generator was trained on" if known is not None else "of the train split"
+    caption = (
+        f"{made}Nearest: by pixel distance among {among} images {trained}. "
         f"Real images are the train split's, drawn at random; synthetic ones are the first by rank. {source}"
     )  # fmt: skip
     return draw_sheet(f"{experiment.name}: real and synthetic", subtitle, sheet, caption)

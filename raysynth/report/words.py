@@ -224,7 +224,9 @@ def _not_shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[st
 def _unseen_words(data: ReportData, arm: str) -> list[str]:
     """The real images behind the synthetic ones that the classifier was not given."""
     known = data.arm(arm).get("n_unseen")
-    if known is None or pd.isna(known) or known <= 0:
+    if known is not None and pd.isna(known):
+        return ["That the gain is free of further real images: which ones the generator saw is not known."]
+    if known is None or known <= 0:
         return []
     said = (
         f"That the gain is free of further real images: the generator saw {plural(int(known), 'real image')} that the "

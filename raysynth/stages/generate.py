@@ -8,6 +8,7 @@ part) and which failed (`failed.parquet`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,14 +23,17 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import content_digest
 from raysynth.core.lease import Lease
 from raysynth.core.progress import duration, say
-from raysynth.core.schemas import from_parquet, stream_parquet, to_parquet
+from raysynth.core.schemas import from_parquet, label_names, stream_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
+from raysynth.stages.external import by_location, listing_data, reading, set_identity
 from raysynth.stages.live import Rendering, RenderView
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
 from raysynth.stages.telemetry import RenderMetrics
+from raysynth.synth.growth import growth, unwanted
+from raysynth.synth.importing import ImportRenderer
 from raysynth.synth.ledger import ABSENT, FAILED, STATUSES, Ledger, Places, rows_table
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
 from raysynth.synth.sets import SyntheticSet, is_content
@@ -49,15 +53,18 @@ def make_renderer(
         generator: folder of the train-generator artifact.
         version: its `generator_id`: a cached copy of other weights is never used.
     """
+    path = local_folder(storage, f"{generator}/export", e.compute.cache, version)
     from raysynth.synth.ddpm import DDPMRenderer
 
-    path = local_folder(storage, f"{generator}/export", e.compute.cache, version)
     return DDPMRenderer(str(path), e.sampling, "cuda" if gpu else "cpu", threads, compiled)
 
 
 def generator_id(generator: Artifact) -> str:
     """Content digest of the exported weights, schedule and condition layout: what the generator is."""
-    outputs = generator.run_info()["outputs"]
+    run = generator.run_info()
+    if "generator_id" in run:  # the listing of a set that was rendered elsewhere
+        return run["generator_id"]
+    outputs = run["outputs"]
     made_of = ("export/unet/", "export/scheduler/", "export/condition.json")
     return content_digest((n, d) for n, d in outputs.items() if n.startswith(made_of))[:24]
 
@@ -65,6 +72,8 @@ def generator_id(generator: Artifact) -> str:
 def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact) -> SyntheticSet:
     """The set of this generator under this sampling configuration, whether or not it exists yet."""
     s = experiment.sampling
+    if experiment.generator.kind == "external":
+        return SyntheticSet(storage, experiment.name, set_identity(generator))
     identity = {
         "render_version": RENDER_VERSION, "generator_id": generator_id(generator), "sampler": s.sampler,
         "steps": s.steps, "guidance_scale": s.guidance_scale, "guidance_rescale": s.guidance_rescale,
@@ -86,13 +95,14 @@ def generate(
     storage: Storage,
     generator: Artifact,
     plan: Artifact,
-    resources: Resources,
+    resources: Resources | Callable[[], Resources],
     retry_failed: bool = False,
     factory: Callable[[], Renderer] | None = None,
 ) -> Artifact:
     """Renders whatever of the plan is missing, and writes the artifact anew.
 
     Args:
+        resources: what the cluster has, or what connects to it: called only where something is to be rendered.
         retry_failed: render rows recorded as failed once more, with the same noise.
         factory: another renderer than the generator's own; for benchmarks and chaos tests.
 
@@ -107,14 +117,24 @@ def generate(
     # From here on the artifact is unfinished: its rows may change, and the sheet with them.
     for name in ("_SUCCESS", "contact_sheet.png"):
         storage.delete(artifact.file(name))
-    settled = read_settled(store)
-    threads = settled.facts.get("threads") if settled else None
+    ledger, compute = Ledger(store), experiment.compute
+    if others := unwanted(ledger, wanted):
+        say(f"generate: the set holds {others:,} rows that this plan does not want; they stay")
+    if not missing(ledger, wanted, retry_failed).any() and not ledger.pending(wanted):
+        say(f"generate: nothing to render, {store.path} holds all {len(wanted):,} rows")
+        return _conclude(artifact, store, wanted, generator, compute, {})
+    found = resources() if callable(resources) else resources
+    if experiment.generator.kind == "external":
+        found, compute, wanted = replace(found, gpus=0), reading(compute), by_location(wanted)
+        classes = label_names(next(iter(wanted.read())).schema)
+        factory = factory or partial(ImportRenderer, listing_data(experiment, classes))
     factory = factory or partial(
         make_renderer, storage, generator.path, store.identity["generator_id"], experiment,
-        gpu=bool(resources.gpus), **fixed(store, experiment.compute),
+        gpu=bool(found.gpus), **fixed(store, compute),
     )  # fmt: skip
-    sums = render(store, wanted, factory, experiment.compute, resources, retry_failed)
-    return _conclude(artifact, store, wanted, generator, experiment.compute, resources, sums)
+    sums = render(store, wanted, factory, compute, found, retry_failed, ledger)
+    wanted = wanted_rows(experiment, storage, plan)
+    return _conclude(artifact, store, wanted, generator, compute, sums)
 
 
 def fixed(store: SyntheticSet, compute: Compute) -> dict[str, Any]:
@@ -133,8 +153,13 @@ def render(
     compute: Compute,
     resources: Resources,
     retry_failed: bool = False,
+    ledger: Ledger | None = None,
 ) -> dict[str, float]:
-    """Brings `store` to hold every wanted row, committed or recorded as failed. Returns sums over this run."""
+    """Brings `store` to hold every wanted row, committed or recorded as failed. Returns sums over this run.
+
+    Args:
+        ledger: an earlier reading of the set, to save time.
+    """
     job = RenderJob(store, factory, compute.micro_batch, compute.accept_render_change)
     store.announce()
     with Lease(store.storage, store.file("lock.json")) as lease:
@@ -144,7 +169,7 @@ def render(
                 f"{'joining from the other end' if joins else 'waiting until it has finished'}")  # fmt: skip
             if not joins:
                 lease.wait()
-        ledger = Ledger(store)
+        ledger = ledger.refresh() if ledger else Ledger(store)
         absent = missing(ledger, wanted, retry_failed)
         new = int(absent.sum())
         if new:
@@ -155,11 +180,11 @@ def render(
                 settled = settle_first(job, compute, resources)
                 micro_batch, rate = settled.micro_batch, settled.rows_per_s
             size = rows_a_shard(new, workers, micro_batch, rate, compute.shard_seconds, compute.shard_rows)
-            why = "first rows" if not len(ledger.keys) else "retry of failed rows" if retry_failed else "rows added"
+            why = growth(ledger, wanted, absent).words()
             wave = extend(ledger, wanted, size, why, retry_failed)
             if wave is not None:
-                say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows ({why}) in "
-                    f"{len(wave.shard_rows):,} shards of up to {size:,}")  # fmt: skip
+                say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows in "
+                    f"{len(wave.shard_rows):,} shards of up to {size:,}: {why}")  # fmt: skip
         left = ledger.pending(wanted)
         todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in left)
         _, _, gpus_each = worker_shape(compute, resources)
@@ -180,7 +205,6 @@ def _conclude(
     wanted: Wanted,
     generator: Artifact,
     compute: Compute,
-    resources: Resources,
     sums: dict[str, float],
 ) -> Artifact:
     """Checks counts against the plan, writes the artifact, holds the gate."""
@@ -206,10 +230,11 @@ def _conclude(
             "them once more."
         )
     seconds = sum(markers[s]["render_seconds"] for s in np.unique(places.shard).tolist())
-    gpu_seconds = seconds * (compute.gpus_per_renderer if resources.gpus else 0.0)
+    render_json = store.get_json("render.json")
+    on_gpu = bool(render_json and render_json["facts"].get("cuda"))
+    gpu_seconds = seconds * (compute.gpus_per_renderer if on_gpu else 0.0)
     price = compute.price_per_gpu_hour
     cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None
-    render_json = store.get_json("render.json")
     artifact.commit(
         counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, generator=generator.path, render=render_json,
         cost=cost, render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},

@@ -7,7 +7,8 @@ patients and splits. In the second, one task writes one part. Parts are cut by t
 
 Outputs: `images/part-*.parquet`, `table.parquet` (without pictures and reports), `vocabulary.json`, and beside them
 `quarantine.parquet`. `source_uri` is relative to the image folder, which `run.json` names: a data set that is moved
-keeps its name, and so do the generators and images made from it.
+keeps its name, and so do the generators and images made from it. Where the data grew, `data.split.keep` names the
+artifact from before, whose patients keep their splits.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ import pyarrow.compute as pc
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import DataError
 from raysynth.core.experiment import Data, Experiment, ImageSpec
-from raysynth.core.identity import fp12
+from raysynth.core.identity import fp12, sha256_bytes
 from raysynth.core.presets import resolve_image
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import ATTRIBUTE, from_parquet, image_schema, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.attributes import categories
+from raysynth.data.earlier import earlier_splits, kept_note, read_earlier
 from raysynth.data.grouping import patients_and_units
 from raysynth.data.images import FULL_16_BIT
 from raysynth.data.labels import label_array
@@ -39,7 +41,7 @@ from raysynth.data.splits import SPLITS, assign_splits, require_every_split
 from raysynth.stages import cluster
 from raysynth.stages.ingest_tasks import FACTS, decode_slice, write_part
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 UNHASHED = ("path", "images", "licence", "max_quarantined_fraction")
 """Keys of `data` that change no pixel and no annotation: what the source holds enters by the listing's digest."""
@@ -62,6 +64,8 @@ def ingest_artifact(experiment: Experiment, storage: Storage) -> tuple[Artifact,
     config = {k: v for k, v in dataclasses.asdict(data).items() if k not in UNHASHED}
     del config["labels"]["policy"]  # applied where labels are used
     inputs = {"source": listing.digest}
+    if keep := config["split"].pop("keep"):
+        inputs["keep"] = sha256_bytes(read_earlier(keep))
     return Artifact.at(storage, "ingest", experiment.name, STAGE_VERSION, config, inputs), listing
 
 
@@ -193,7 +197,14 @@ def _assign(
         data.split.hash_distance,
     )
     fixed = rows["split"].to_pylist()
-    result = assign_splits(units, patients, fixed, labels == 1, data.split)
+    ids, earlier, notes = rows["image_id"].to_pylist(), None, list(listing.notes)
+    if data.split.keep:
+        table = from_parquet(read_earlier(data.split.keep))
+        earlier = earlier_splits(
+            table, ids, facts["pixel_sha256"].to_pylist(), patients if by == "column" else None
+        )
+        notes.append(kept_note(table, ids, earlier))
+    result = assign_splits(units, patients, fixed, labels == 1, data.split, earlier)
     quarantine.add({facts["row"][i].as_py(): why for i, why in result.conflicts.items()})
     columns = {"split": result.split, "patient_id": patients}
     columns |= {name: facts[name] for name in FACTS.names if name not in ("reason", "phash", "highest")}
@@ -202,7 +213,7 @@ def _assign(
         table = table.append_column(name, column if isinstance(column, pa.ChunkedArray) else pa.array(column))
     kept = np.array([i not in result.conflicts for i in range(table.num_rows)], bool)
     table = table.filter(pa.array(kept))
-    notes = [*listing.notes, *_dark(facts)]
+    notes += _dark(facts)
     if by == "hash":
         notes.append("patients are told apart by near-identical pictures only; map data.columns.patient if you can")
     if result.carved:

@@ -16,7 +16,9 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages import cluster
+from raysynth.stages.adoption import adopt, check_given, given_artifact
 from raysynth.stages.evaluate import evaluate, evaluate_artifact
+from raysynth.stages.external import import_artifact, take_listing
 from raysynth.stages.fidelity import fidelity, fidelity_artifact
 from raysynth.stages.generate import generate, generate_artifact, synthetic_set
 from raysynth.stages.ingest import ingest, ingest_artifact
@@ -77,8 +79,13 @@ class Pipeline:
 
     @cached_property
     def generator(self) -> Artifact:
-        """The train-generator artifact."""
-        return generator_artifact(self.experiment, self.storage, self.images)
+        """The train-generator artifact: trained here, given, or the listing of a set that was rendered elsewhere."""
+        e = self.experiment
+        if e.generator.kind == "external":
+            return import_artifact(e, self.storage, self.images)[0]
+        if e.generator.path:
+            return given_artifact(e, self.storage)
+        return generator_artifact(e, self.storage, self.images)
 
     @cached_property
     def plan(self) -> Artifact:
@@ -182,6 +189,8 @@ class Pipeline:
         if stage == "evaluate" and e.evaluation.test_sets and self.resources:
             ingest_test_sets(e, s)
         artifact = self.artifact(stage)
+        if stage == "train-generator" and e.generator.path:
+            return self._take_generator()
         if artifact.complete and stage not in QUICK and not retry_failed:
             say(f"{stage}: {artifact.path} is complete")
             return artifact
@@ -189,14 +198,25 @@ class Pipeline:
             return plan(e, s, self.images)
         if stage == "ingest" and artifact.complete:
             return ingest(e, s)
+        if stage == "generate":
+            if e.generator.path and e.generator.kind != "external":
+                check_given(e, s, self.images, self.generator)
+            return generate(e, s, self.generator, self.plan, lambda: self.resources, retry_failed)
         resources = self.resources
         if stage == "ingest":
             return ingest(e, s)
         if stage == "train-generator":
             return train_generator(e, s, self.images)
-        if stage == "generate":
-            return generate(e, s, self.generator, self.plan, resources, retry_failed)
         if stage == "train-classifier":
             return train_classifier(prepare(e, s, self.images, self._training_images, bool(resources.gpus)))
         self.measure_fidelity()
         return evaluate(e, s, self.images, self.trials)
+
+    def _take_generator(self) -> Artifact:
+        """A generator that was trained before, or the listing of images that were rendered elsewhere."""
+        e, s = self.experiment, self.storage
+        if e.generator.kind == "external":
+            return take_listing(e, s, self.images)
+        found = adopt(e, s)
+        check_given(e, s, self.images, found)
+        return found

@@ -1,6 +1,8 @@
 """Stage `plan`: the ingest artifact's table -> `plan/<name>-<fp12>/rows.parquet` and `joint.csv`. Needs no
 ray.
 
+The rows of a set that was rendered elsewhere come from its listing instead (stages.external).
+
 The artifact holds every row of the plan. `plan.ratio`, `plan.n_synth` and `plan.quota` only select from it
 and are no part of its identity, so that a larger ratio is the same plan and its earlier rows stay rendered.
 `joint.csv` is about every row; what is printed, about the selected ones.
@@ -26,9 +28,10 @@ from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.balance import joint_table
 from raysynth.data.plans import plan_rows, plan_sources, select, selected_count, selection
+from raysynth.stages.external import external_plan, import_artifact, per_class
 from raysynth.synth.wanted import Wanted, pack
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 SELECTION = ("ratio", "n_synth", "quota")
 ROW_GROUP = 65_536
 """Rows a parquet row group: a reader of one shard's rows need not load a million."""
@@ -45,6 +48,9 @@ def plan_artifact(experiment: Experiment, storage: Storage, ingest_artifact: Art
     if policy and labels.kind == "multi":  # it then decides strata, subsets and cells
         config["policy"] = policy
     inputs = {"images": ingest_artifact.digest()}
+    if experiment.generator.kind == "external":
+        config["plan"] = {"seed": experiment.plan.seed}
+        inputs["listing"] = import_artifact(experiment, storage, ingest_artifact)[0].digest()
     return Artifact.at(storage, "plan", experiment.name, STAGE_VERSION, config, inputs)
 
 
@@ -55,21 +61,32 @@ def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) ->
         DataError: targets or selection contradict the real images; see `data.plans`.
     """
     artifact = plan_artifact(experiment, storage, ingest_artifact)
+    external = experiment.generator.kind == "external"
     over, labels = experiment.plan.over, experiment.data.labels
     sources = plan_sources(from_parquet(storage.get(ingest_artifact.file("table.parquet"))), experiment)
     if not artifact.complete:
-        rows = plan_rows(sources, experiment)
-        joint = joint_table(rows, sources, over, labels)
+        if external:
+            listed = import_artifact(experiment, storage, ingest_artifact)[0]
+            rows, joint = external_plan(experiment, storage, listed), None
+        else:
+            rows = plan_rows(sources, experiment)
+            joint = joint_table(rows, sources, over, labels)
         groups = [min(ROW_GROUP, rows.num_rows - at) for at in range(0, rows.num_rows, ROW_GROUP)]
         artifact.put("rows.parquet", to_parquet(rows, groups))
-        text = io.BytesIO()
-        pyarrow.csv.write_csv(joint, text)
-        artifact.put("joint.csv", text.getvalue())
-        artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": joint.num_rows})
+        if joint is not None:
+            text = io.BytesIO()
+            pyarrow.csv.write_csv(joint, text)
+            artifact.put("joint.csv", text.getvalue())
+        cells = joint.num_rows if joint is not None else 0
+        artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": cells})
     counts = artifact.run_info()["counts"]
     wanted = wanted_rows(experiment, storage, artifact)
-    used = pa.concat_tables(t.select(["source_image_id"]) for t in wanted.tables(np.ones(len(wanted), bool)))
-    show_joint(joint_table(used, sources, over, labels), over)
+    chosen = wanted.tables(np.ones(len(wanted), bool))
+    if external:  # its rows need no source, so there is no joint table with the real images
+        say(f"plan: {per_class(pa.concat_tables([next(iter(wanted.read())).slice(0, 0), *chosen]))}")
+    else:
+        used = pa.concat_tables(t.select(["source_image_id"]) for t in chosen)
+        show_joint(joint_table(used, sources, over, labels), over)
     say(f"plan: {len(wanted):,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
     return artifact
 

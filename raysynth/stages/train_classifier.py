@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact, git_state
-from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.errors import ConfigError, DataError, EnvironmentFault
 from raysynth.core.evidence import Classifier, Pretrain
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import canonical_json, content_digest
@@ -30,8 +30,8 @@ from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.labels import check_policy
-from raysynth.data.subsets import generator_rows
 from raysynth.data.training_sets import Chosen, choose
+from raysynth.stages.adoption import Seen, seen_by_generator
 from raysynth.stages.generate import load_index
 from raysynth.stages.plan import load_plan, plan_artifact
 from raysynth.stages.views import build_synthetic_view, build_view
@@ -93,12 +93,11 @@ class Trial:
         return f"{self.arm}, seed {self.seed}"
 
 
-def synthetic_rows(e: Experiment, storage: Storage, images: Artifact, generated: Artifact) -> pa.Table:
+def synthetic_rows(plan: pa.Table, generated: Artifact) -> pa.Table:
     """The plan's rows that were rendered and accepted, by rank."""
-    rows = load_plan(storage, plan_artifact(e, storage, images))
     index = load_index(generated)
     ok = pa.array(index.loc[index["status"] == "ok", "row_key"], pa.string())
-    return rows.filter(pc.is_in(rows["row_key"], value_set=ok))
+    return plan.filter(pc.is_in(plan["row_key"], value_set=ok))
 
 
 def chosen(e: Experiment, storage: Storage, images: Artifact, generated: Artifact | None) -> Chosen:
@@ -112,8 +111,18 @@ def chosen(e: Experiment, storage: Storage, images: Artifact, generated: Artifac
     if needs and generated is None:
         raise EnvironmentFault(f"strategy {e.training_set.strategy} needs synthetic images: run `raysynth generate`.")
     table = from_parquet(storage.get(images.file("table.parquet")))
-    rows = synthetic_rows(e, storage, images, generated) if needs and generated else None
-    return choose(e, table, rows)
+    seen = rows = listed = None
+    if needs and generated:
+        plan = load_plan(storage, plan_artifact(e, storage, images))
+        rows, listed = synthetic_rows(plan, generated), plan if e.generator.kind == "external" else None
+    if e.training_set.strategy == "upper_bound" and e.generator.path:
+        seen = seen_by_generator(e, storage, table).ids
+        if seen is None:
+            raise DataError(
+                "training_set.strategy", "upper_bound", "another where nobody knows what generator.path was trained on",
+                "An upper bound trains on the real images that the generator saw.",
+            )  # fmt: skip
+    return choose(e, table, rows, seen, listed)
 
 
 def classifier_artifact(
@@ -160,6 +169,8 @@ def prepare(
         views[name] = build_view(e, storage, images, size, ids).path
     if e.training_set.needs_synthetic and generated is not None:
         views["synthetic"] = build_synthetic_view(e, storage, generated, size).path
+    shown = e.training_set.needs_synthetic or e.training_set.strategy == "upper_bound"
+    seen = seen_by_generator(e, storage, table) if shown else Seen(0, frozenset(), None)
     data = to_parquet(members.members)
     if not artifact.complete:
         storage.put(artifact.file("members.parquet"), data)
@@ -169,16 +180,19 @@ def prepare(
         1 if resolve_image(e.data.image).channels == "grey" else 3, members.validation,
         {"n_real": members.n_real, "n_synth": members.n_synth, "n_validation": len(members.validation),
          "n_missing": members.n_missing},
-        trial_facts(e, table, generated, members), e.compute, gpu, {"command": sys.argv, "git": git_state()},
+        trial_facts(e, generated, members, seen), e.compute, gpu, {"command": sys.argv, "git": git_state()},
     )  # fmt: skip
 
 
-def trial_facts(e: Experiment, table: pa.Table, generated: Artifact | None, members: Chosen) -> dict[str, Any]:
-    """The columns of the metric table that are the same for every metric of this classifier."""
+def trial_facts(e: Experiment, generated: Artifact | None, members: Chosen, seen: Seen) -> dict[str, Any]:
+    """The columns of the metric table that are the same for every metric of this classifier.
+
+    Args:
+        seen: what the generator was trained on; images of it that nobody can name count as not the classifier's.
+    """
     t, c = e.training_set, e.classifier
     assert c is not None
     used = t.needs_synthetic and generated is not None
-    saw = set(generator_rows(table, e)) if used or t.strategy == "upper_bound" else set()
     trained = {i for i, s in zip(*(members.members[n].to_pylist() for n in ("id", "source")), strict=True)
                if s == "real"}  # fmt: skip
     generated_run = generated.run_info() if used and generated is not None else {}
@@ -186,8 +200,8 @@ def trial_facts(e: Experiment, table: pa.Table, generated: Artifact | None, memb
         "architecture": c.architecture, "init": c.init, "strategy": t.strategy,
         "ratio": members.n_synth / members.n_real if members.n_real else None,
         "n_real": members.n_real, "n_synth": members.n_synth, "n_validation": len(members.validation),
-        "n_real_generator": len(saw) if used else None, "train_on": e.generator.train_on if used else None,
-        "n_unseen": len(saw - trained) if used else 0,
+        "n_real_generator": seen.count if used else None, "train_on": seen.train_on if used else None,
+        "n_unseen": _unseen(seen, trained) if used else 0,
         "generator_id": generated_run.get("generator", "").rpartition("/")[2] or None,
         "synthetic_set": generated_run.get("synthetic_set"),
         "guidance_scale": e.sampling.guidance_scale if used else None,
@@ -196,6 +210,13 @@ def trial_facts(e: Experiment, table: pa.Table, generated: Artifact | None, memb
         "seed_generator": e.generator.seed if used else None, "seed_classifier": c.seed, "fold": None,
         "notes": members.notes,
     }  # fmt: skip
+
+
+def _unseen(seen: Seen, trained: set[str]) -> int | None:
+    """Real images that the generator saw and the classifier did not; None where nobody knows."""
+    if seen.count is None or seen.ids is None:
+        return None
+    return seen.count - len(seen.ids & trained)
 
 
 def train_classifier(task: ClassifierTask) -> Artifact:

@@ -22,6 +22,7 @@ from raysynth.core.identity import fp12, sha256_bytes
 from raysynth.core.schemas import (
     ATTRIBUTE,
     LABEL,
+    LOCATION,
     attribute_names,
     from_parquet,
     label_names,
@@ -194,7 +195,7 @@ class ShardRunner:
         return self._statistics(outcome, shard, timing, statuses if won else [], attempt.number)
 
     def _rows(self, table: pa.Table) -> list[Row]:
-        columns = [n for n in table.column_names if n.startswith((LABEL, ATTRIBUTE)) or n == "prompt"]
+        columns = [n for n in table.column_names if n.startswith((LABEL, ATTRIBUTE)) or n in ("prompt", LOCATION)]
         seed = self.store.identity["seed"]
         return [
             Row(r["row_key"], noise_seed(seed, r["row_key"], r["attempt"]), {c: r[c] for c in columns})
@@ -221,7 +222,8 @@ class ShardRunner:
                 filled.append(earlier.rows[place])
                 continue
             seed = noise_seed(self.store.identity["seed"], row["row_key"], row["attempt"])
-            row |= self.constants | {"seed": seed, "derived_from_real": row["mode"] in MODES_FROM_PIXELS}
+            # Imported rows say themselves what they were made with, as far as that is known.
+            row = self.constants | {"seed": seed, "derived_from_real": row["mode"] in MODES_FROM_PIXELS} | row
             if place in done.images:
                 pixels = done.images[place]
                 png = encode_png(pixels)

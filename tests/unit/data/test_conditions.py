@@ -92,3 +92,14 @@ def test_age_that_is_no_number_is_refused() -> None:
 def test_json_round_trip() -> None:
     found = spec({"Edema": "ones"})
     assert ConditionSpec.from_json(found.to_json()) == found
+
+
+def test_a_class_that_the_rows_data_do_not_have_is_not_annotated() -> None:
+    """A generator of more classes than a data set has renders those it has, as it will when the others come."""
+    single = ConditionSpec("single", ["a", "b", "c"], ["a", "b", "c"])
+    fewer = single.encode({"label_a": [1, 0], "label_b": [0, 1]})
+    assert (fewer == single.encode({"label_a": [1, 0], "label_b": [0, 1], "label_c": [0, 0]})).all()
+    multi = ConditionSpec("multi", ["a", "b"], ["a", "b"], policy={"b": "ones"})
+    assert (multi.encode({"label_a": [1]}) == [[1, 0, 0, 1, 0]]).all()
+    with pytest.raises(DataError, match="label_a"):
+        single.encode({"attr_sex": ["F"]})

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raysynth.core.errors import DataError
 from raysynth.core.experiment import Split
+from raysynth.data.earlier import earlier_splits, kept_note
 from raysynth.data.grouping import patients_and_units
 from raysynth.data.splits import SPLITS, Assignment, assign_splits, require_every_split, stratify
 
@@ -196,3 +198,104 @@ def test_a_hundred_thousand_patients_take_seconds() -> None:
     got = assign_splits(owner, [f"p{o}" for o in owner], [None] * 200_000, positives, Split())
     assert time.perf_counter() - started < 30  # 1.4 s on an idle core
     assert np.abs(shares(got.split, positives)["val"] - 0.15)[:10].max() < 0.005
+
+
+def table_of(ids: list[str], patients: list[str], split: list[str]) -> pa.Table:
+    pixels = [f"x{i}" for i in ids]
+    return pa.table({"image_id": ids, "patient_id": patients, "pixel_sha256": pixels, "split": split})
+
+
+def grown(more: int = 60, seed: int = 0) -> tuple[list[str], list[str], np.ndarray, pa.Table]:
+    """Image ids, patients and labels of 100 + `more` images, two a patient, and the table of the first 100."""
+    n = 100 + more
+    ids, patients = [f"i{k:03d}" for k in range(n)], [f"p{k // 2:03d}" for k in range(n)]
+    positives = np.stack([np.arange(n) // 2 % 4 == j for j in range(4)], axis=1)
+    first = assign(patients[:100], positives[:100], Split(seed=seed))
+    return ids, patients, positives, table_of(ids[:100], patients[:100], first.split)
+
+
+def test_earlier_patients_stay_and_new_ones_bring_the_fractions_nearer() -> None:
+    ids, patients, positives, table = grown()
+    pixels = [f"x{i}" for i in ids]
+    earlier = earlier_splits(table, ids, pixels, patients)
+    assert earlier == [*table["split"].to_pylist(), *[None] * 60]
+    units = np.unique(patients, return_inverse=True)[1]
+    # Another seed would give another split of everything, were it not for the earlier one.
+    got = assign_splits(units, patients, [None] * 160, positives, Split(seed=1), earlier)
+    assert got.split[:100] == table["split"].to_pylist()
+    assert {s: got.split.count(s) for s in SPLITS} == pytest.approx({"train": 96, "val": 24, "test": 40}, abs=4)
+    # Each split has its share of every class, also of one that is new: class 3 was in no earlier image.
+    for share in shares(got.split, positives).values():
+        assert share.max() - share.min() < 0.12
+
+
+def test_a_new_class_reaches_every_split() -> None:
+    ids, patients, positives, table = grown()
+    positives = np.concatenate([positives, np.arange(160)[:, None] >= 140], axis=1)
+    earlier = earlier_splits(table, ids, [f"x{i}" for i in ids], patients)
+    units = np.unique(patients, return_inverse=True)[1]
+    got = assign_splits(units, patients, [None] * 160, positives, Split(), earlier)
+    assert all(share[4] > 0 for share in shares(got.split, positives).values())
+
+
+def test_an_image_is_known_by_id_pixels_or_patient() -> None:
+    table = table_of(["a", "b", "c"], ["p", "q", "r"], ["test", "val", "train"])
+    ids, pixels, patients = ["a", "new name", "new image", "new"], ["other", "xb", "y", "z"], ["s", "t", "r", "u"]
+    assert earlier_splits(table, ids, pixels, patients) == ["test", "val", "train", None]
+    assert earlier_splits(table, ids, pixels, None) == ["test", "val", None, None]
+    assert kept_note(table, ["a", "new name"], ["test", "val"]).endswith("0 are new, 2 of the earlier ones are gone")
+
+
+def test_patients_of_two_earlier_splits_who_turn_out_to_be_one() -> None:
+    patients, positives = ["p", "p", "p"], np.ones((3, 1), bool)
+    with pytest.raises(DataError, match=r"data.split.keep: got \"patient 'p' is in two earlier splits, train and test"):
+        assign_splits(np.zeros(3, int), patients, [None] * 3, positives, Split(), ["train", "test", None])
+    lenient = Split(on_conflict="quarantine")
+    got = assign_splits(np.zeros(3, int), patients, [None] * 3, positives, lenient, ["train", "test", None])
+    assert got.split == ["test"] * 3
+    assert set(got.conflicts) == {0}  # the new image stays, in test
+
+
+def test_a_column_that_moves_an_earlier_patient_is_refused_but_not_what_was_carved() -> None:
+    positives = np.ones((4, 1), bool)
+    with pytest.raises(DataError, match=r"data.split.keep: .*'p1' is in two earlier splits, train and test"):
+        assign_splits(
+            np.arange(4), [f"p{i}" for i in range(4)], ["train", "test", "train", "val"], positives, Split(),
+            ["train", "train", None, None],
+        )  # fmt: skip
+    patients = [f"p{i}" for i in range(40)]
+    fixed: list[str | None] = ["train"] * 40
+    first = assign_splits(np.arange(20), patients[:20], fixed[:20], np.ones((20, 1), bool), Split())
+    got = assign_splits(
+        np.arange(40), patients, fixed, np.ones((40, 1), bool), Split(), [*first.split, *[None] * 20]
+    )
+    assert got.split[:20] == first.split
+    assert not got.conflicts
+    assert [got.split.count(s) for s in SPLITS] == [24, 6, 10]
+
+
+@given(IMAGES, IMAGES, st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_growth_moves_nobody_and_parts_nobody(
+    before: list[tuple[int, int, str | None, list[bool]]], added: list[tuple[int, int, str | None, list[bool]]],
+    seed: int,
+) -> None:
+    rules = Split(seed=seed, on_conflict="quarantine")
+
+    def run(images: list, earlier: list[str | None] | None) -> tuple[Assignment, list[str]]:
+        patients, units = patients_and_units(
+            [str(i) for i in range(len(images))], [f"p{p}" for p, *_ in images], [str(x) for _, x, *_ in images],
+            None, 0,
+        )  # fmt: skip
+        labels = np.array([labels for *_, labels in images])
+        return assign_splits(units, patients, [None] * len(images), labels, rules, earlier), patients
+
+    first, _ = run(before, None)
+    second, patients = run([*before, *added], [*first.split, *[None] * len(added)])
+    where: dict[str, set[str]] = {}
+    for i, (split, patient) in enumerate(zip(second.split, patients)):
+        if i in second.conflicts:
+            continue
+        where.setdefault(patient, set()).add(split)
+        assert i >= len(before) or split == first.split[i]
+    assert all(len(splits) == 1 for splits in where.values())

@@ -1,0 +1,270 @@
+"""A set rendered elsewhere: its listing judged, its images through the engine, in one process without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.config import build_experiment
+from raysynth.core.errors import ConfigError, DataError, GateFailed
+from raysynth.core.experiment import Experiment
+from raysynth.core.schemas import from_parquet, synthetic_schema
+from raysynth.core.storage import Storage, open_storage
+from raysynth.data.images import decode_png, encode_png
+from raysynth.stages.external import by_location, import_artifact, listing_data, take_listing
+from raysynth.stages.generate import synthetic_set
+from raysynth.stages.pipeline import Pipeline
+from raysynth.stages.plan import load_plan, plan, wanted_rows
+from raysynth.synth.importing import ImportRenderer
+from raysynth.synth.ledger import rows_of
+from raysynth.synth.verify import verify
+from tests.digits import CLASSES, digit_artifact, digit_images
+from tests.engine import render_all
+
+N = 40
+IMAGES, LABELS = digit_images()
+
+
+def listing(n: int = N) -> list[dict[str, Any]]:
+    """Digits that the real set of 120 does not have, as if they had been made from its train images."""
+    return [
+        {"file": f"pics/{i:02d}.png", "digit": str(LABELS[200 + i]), "sex": ("M", "F")[i % 2],
+         "made_from": f"digit-{4 * (i // 4):04d}", "cfg": 1.5, "noise": 1000 + i, "text": f"a {LABELS[200 + i]}"}
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def to_csv(rows: list[dict[str, Any]]) -> bytes:
+    return "\n".join([",".join(rows[0]), *(",".join(map(str, r.values())) for r in rows)]).encode()
+
+
+def as_csv(root: str, rows: list[dict[str, Any]] | None = None) -> str:
+    """The listing as a CSV with pictures twice the size, some of them JPEG-free PNG; its path."""
+    storage, rows = open_storage(root), rows or listing()
+    for i, row in enumerate(rows):
+        storage.put(row["file"], encode_png(np.kron(IMAGES[200 + i], np.ones((2, 2, 1), np.uint8))))
+    storage.put("made.csv", to_csv(rows))
+    return f"{root}/made.csv"
+
+
+def as_parquet(root: str) -> str:
+    rows = [r | {"file": {"bytes": encode_png(IMAGES[200 + i]), "path": None}} for i, r in enumerate(listing())]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink, row_group_size=16)
+    open_storage(root).put("made.parquet", sink.getvalue())
+    return f"{root}/made.parquet"
+
+
+COLUMNS = {"label": "digit", "attributes": {"sex": "sex"}, "source": "made_from", "guidance": "cfg", "seed": "noise",
+           "prompt": "text"}  # fmt: skip
+
+
+def experiment(root: str, path: str, columns: dict[str, Any] | None = None, **sections: Any) -> Experiment:
+    content: dict[str, Any] = {
+        "name": "ext", "root": f"{root}/runs",
+        "data": {"kind": "csv", "path": "unused.csv", "image": {"size": 8, "channels": "grey"},
+                 "columns": {"label": "y", "attributes": {"sex": "sex"}}},
+        "generator": {"kind": "external", "path": path, "columns": columns or COLUMNS},
+    }  # fmt: skip
+    for name, keys in sections.items():
+        content[name] = content.get(name, {}) | keys
+    return build_experiment(content)
+
+
+def taken(e: Experiment, workers: int = 2) -> tuple[Artifact, Any, Any, list[dict[str, Any]]]:
+    """The listing taken, planned and read by the engine: (artifact, set, wanted, statistics)."""
+    storage = open_storage(e.root)
+    images = digit_artifact(storage)
+    listed = take_listing(e, storage, images)
+    planned = plan(e, storage, images)
+    wanted = wanted_rows(e, storage, planned)
+    store = synthetic_set(e, storage, listed)
+    reader = ImportRenderer(listing_data(e, CLASSES))
+    return listed, store, wanted, render_all(store, by_location(wanted), reader, 4, 8, workers)
+
+
+def rows_by_key(store: Any) -> dict[str, dict[str, Any]]:
+    found = {}
+    for part in rows_of(store)["part"].unique():
+        found |= {r["row_key"]: r for r in from_parquet(store.part(part)).to_pylist()}
+    return found
+
+
+@pytest.mark.parametrize("make", [as_csv, as_parquet])
+def test_an_imported_set_is_a_synthetic_set(any_root: str, make: Any) -> None:
+    e = experiment(any_root, make(any_root))
+    listed, store, wanted, _ = taken(e)
+    assert listed.run_info()["counts"]["images"] == len(wanted) == N
+    assert verify(store, wanted).clean
+    rows = rows_by_key(store)
+    assert {r["status"] for r in rows.values()} == {"ok"}
+    by_prompt = {(r["prompt"], r["seed"]): r for r in rows.values()}
+    for i, given in enumerate(listing()):
+        row = by_prompt[given["text"], given["noise"]]
+        assert (row["attr_sex"], row["source_image_id"], row["guidance_scale"]) == (given["sex"], given["made_from"], 1.5)
+        assert [row[f"label_{c}"] for c in CLASSES] == [int(c == given["digit"]) for c in CLASSES]
+        assert (row["mode"], row["split"], row["sampler"], row["derived_from_real"]) == ("external", "train", None, None)
+        pixels = decode_png(row["image"]["bytes"])
+        if make is as_parquet:
+            assert (pixels == IMAGES[200 + i]).all()
+        assert pixels.shape == (8, 8, 1)
+    part = from_parquet(store.part(rows_of(store)["part"][0]))
+    assert part.schema.names == synthetic_schema(CLASSES, ["sex"]).names
+
+
+def test_a_prefix_of_the_ranks_keeps_the_classes(tmp_path: Path) -> None:
+    e = experiment(str(tmp_path), as_csv(str(tmp_path)), plan={"n_synth": 20})
+    storage = open_storage(e.root)
+    images = digit_artifact(storage)
+    take_listing(e, storage, images)
+    rows = load_plan(storage, plan(e, storage, images)).to_pylist()
+    whole = np.array([[r[f"label_{c}"] for c in CLASSES] for r in rows]).sum(axis=0)
+    half = np.array([[r[f"label_{c}"] for c in CLASSES] for r in rows[:20]]).sum(axis=0)
+    assert np.abs(half - whole / 2).max() <= 1
+    assert len(wanted_rows(e, storage, plan(e, storage, images))) == 20
+
+
+def test_bad_files_are_failed_rows_with_a_reason(tmp_path: Path) -> None:
+    path = as_csv(str(tmp_path))
+    storage = open_storage(str(tmp_path))
+    storage.put("pics/03.png", b"no image")
+    storage.put("pics/11.png", encode_png(np.zeros((8, 8, 1), np.uint8)))
+    storage.put("pics/20.png", storage.get("pics/20.png")[:60])
+    _, store, wanted, _ = taken(experiment(str(tmp_path), path))
+    failed = rows_of(store).query("status == 'failed'")
+    assert sorted(r.split(":")[1].strip() for r in failed["reason"]) == ["blank", "truncated", "undecodable"]
+    verdict = verify(store, wanted)
+    assert (verdict.ok, verdict.failed, verdict.clean) == (N - 3, 3, True)
+
+
+def test_rows_that_name_no_image_or_class_are_left_out_and_listed(tmp_path: Path) -> None:
+    path = as_csv(str(tmp_path))
+    rows = listing()
+    rows[0]["digit"], rows[1]["file"], rows[2]["noise"] = "eleven", "pics/gone.png", "many"
+    open_storage(str(tmp_path)).put("made.csv", to_csv(rows))
+    with pytest.raises(GateFailed, match=r"7.5% of 40 rows"):
+        taken(experiment(str(tmp_path), path))
+    e = experiment(str(tmp_path), path, data={"max_quarantined_fraction": 0.1})
+    listed, _, wanted, _ = taken(e)
+    assert len(wanted) == N - 3
+    left_out = from_parquet(listed.storage.get(listed.file("quarantine.parquet"))).to_pylist()
+    reasons = {r["image_id"]: r["reason"] for r in left_out}
+    assert reasons["pics/00.png"] == "label 'eleven' is not in data.labels.classes"
+    assert reasons["pics/gone.png"] == "row without file"
+    assert reasons["pics/02.png"] == "seed 'many' is no number"
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "why"),
+    [
+        ("made_from", "digit-0003", "source 'digit-0003' is a test image"),
+        ("made_from", "digit-9999", "source 'digit-9999' is no image of the real data"),
+        ("who", "p7", "patient 'p7' is a test patient"),
+    ],
+)
+def test_rows_made_from_held_out_images_are_refused_or_left_out(
+    tmp_path: Path, column: str, value: str, why: str
+) -> None:
+    rows = [r | {"who": "somebody else"} for r in listing()]
+    rows[5][column] = value
+    path = as_csv(str(tmp_path), rows)
+    columns = COLUMNS | {"patient": "who"}
+    with pytest.raises(DataError, match=f"generator.path: .*{why}.*on_held_out: quarantine"):
+        taken(experiment(str(tmp_path), path, columns))
+    e = experiment(str(tmp_path), path, columns, generator={"on_held_out": "quarantine"})
+    listed, store, wanted, _ = taken(e)
+    assert len(wanted) == N - 1
+    assert verify(store, wanted).clean
+    assert listed.run_info()["counts"]["quarantined"] == {why.replace(repr(value), "..."): 1}
+
+
+def changed(e: Experiment, storage: Storage) -> tuple[str, str]:
+    images = digit_artifact(storage)
+    return import_artifact(e, storage, images)[0].fp, synthetic_set(e, storage, take_listing(e, storage, images)).fp
+
+
+def test_the_set_is_named_by_files_listing_and_size_only(tmp_path: Path) -> None:
+    e = experiment(str(tmp_path), as_csv(str(tmp_path)))
+    storage = open_storage(e.root)
+    first = changed(e, storage)
+    for same in (
+        {"plan": {"seed": 3}}, {"sampling": {"steps": 7}}, {"training_set": {"n_per_class": 3}},
+        {"compute": {"micro_batch": 3}},
+    ):  # fmt: skip
+        assert changed(experiment(str(tmp_path), e.generator.path, **same), storage) == first, same
+    larger = experiment(str(tmp_path), e.generator.path)
+    larger = dataclasses.replace(
+        larger, data=dataclasses.replace(larger.data, image=dataclasses.replace(larger.data.image, size=16))
+    )
+    assert changed(larger, storage)[1] != first[1]
+    # Real data that grew are judged again, and the images stay what they are.
+    more = take_listing(e, storage, digit_artifact(storage, n=160))
+    assert (more.fp != first[0], synthetic_set(e, storage, more).fp == first[1]) == (True, True)
+    open_storage(str(tmp_path)).put("pics/00.png", encode_png(IMAGES[0]))
+    assert changed(e, storage)[1] != first[1]
+
+
+def test_a_killed_import_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    whole = experiment(str(tmp_path / "a"), as_csv(str(tmp_path)))
+    half = experiment(str(tmp_path / "b"), whole.generator.path)
+    _, store, wanted, _ = taken(whole)
+    storage = open_storage(half.root)
+    images = digit_artifact(storage)
+    other = synthetic_set(half, storage, take_listing(half, storage, images))
+    rows = by_location(wanted_rows(half, storage, plan(half, storage, images)))
+    reader = ImportRenderer(listing_data(half, CLASSES))
+    assert len(render_all(other, rows, reader, 4, 8, rounds=0)) == 0  # the wave is frozen, nothing is read
+    stats = render_all(other, rows, reader, 4, 8)
+    assert sum(s["ok"] for s in stats) == N
+    assert {k: r["sha256"] for k, r in rows_by_key(other).items()} == {
+        k: r["sha256"] for k, r in rows_by_key(store).items()
+    }
+    assert verify(other, wanted).clean
+
+
+BAD = [
+    ({"generator": {"path": ""}}, "generator.path: got '', must be set"),
+    ({"generator": {"columns": {"file": "file"}}}, "generator.columns: .*either `label` or `findings`"),
+    ({"generator": {"columns": COLUMNS | {"attributes": {"age": "a"}}}}, "generator.columns.attributes.age: "),
+    ({"plan": {"kind": "balanced", "n": 5}}, "plan.kind: got 'balanced'"),
+    ({"training_set": {"strategy": "upper_bound"}}, "training_set.strategy: got 'upper_bound'"),
+    ({"training_set": {"strategy": "duplicate"}}, "training_set.strategy: .*ratio or n_synth"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_what_cannot_be_asked_of_an_import(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        experiment("/nowhere", "x.csv", **change)
+
+
+def test_wrong_columns_are_named_by_their_own_keys(tmp_path: Path) -> None:
+    path = as_csv(str(tmp_path))
+    for columns, key in ((COLUMNS | {"label": "digt"}, "label"), (COLUMNS | {"source": "made"}, "source")):
+        e = experiment(str(tmp_path), path, columns)
+        with pytest.raises(DataError, match=rf"generator.columns.{key}: .*Did you mean (digit|made_from)"):
+            taken(e)
+    with pytest.raises(DataError, match="generator.path: .*must be a CSV file that exists"):
+        taken(experiment(str(tmp_path), f"{tmp_path}/none.csv"))
+
+
+def test_the_pipeline_knows_it(tmp_path: Path) -> None:
+    e = experiment(str(tmp_path), as_csv(str(tmp_path)))
+    pipeline = Pipeline(e)
+    pipeline.images = digit_artifact(pipeline.storage)
+    assert not pipeline.generator.complete
+    pipeline.do("train-generator")
+    pipeline.do("plan")
+    assert pipeline.synthetic_set.identity["sampler"] is None
+    assert json.dumps(pipeline.generated.identity["config"]["set"])
+    assert Image.open(io.BytesIO(open_storage(str(tmp_path)).get("pics/00.png"))).size == (16, 16)
