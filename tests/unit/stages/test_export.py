@@ -57,8 +57,8 @@ class Made:
         self.failed = keys_of(self.wanted)[:2]
         self.generated = Artifact.at(self.storage, "generate", "t", 1, {}, {"plan": "p"})
         render_all(self.store, self.wanted, FakeRenderer(broken=tuple(self.failed)))
-        _conclude(self.generated, self.store, self.wanted, generator, Compute(max_failed_fraction=0.1),
-                  Resources(2, 0, 1), {})  # fmt: skip
+        compute = Compute(max_failed_fraction=0.1)
+        _conclude(self.generated, self.store, self.wanted, generator, compute, sums={})
 
     def _artifact(self, stage: str, name: str, data: bytes, **facts: Any) -> Artifact:
         artifact = Artifact.at(self.storage, stage, "t", 1, {}, {})
