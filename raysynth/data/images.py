@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -190,12 +191,20 @@ def to_size(array: np.ndarray, size: int, fit: str) -> np.ndarray:
     return canvas
 
 
-def encode_png(array: np.ndarray, compress_level: int = 6) -> bytes:
-    """(H, W), (H, W, 1) or (H, W, 3) uint8 -> PNG bytes; equal arrays give equal bytes."""
+def encode_png(array: np.ndarray, compress_level: int = 6, strategy: int = zlib.Z_RLE) -> bytes:
+    """(H, W), (H, W, 1) or (H, W, 3) uint8 -> PNG bytes; equal arrays give equal bytes.
+
+    Args:
+        compress_level: zlib's; with run lengths all but 0 are one.
+        strategy: zlib's. After PNG's filters a photograph holds hardly a repeated string: looking for runs alone
+            takes a quarter of the time that Pillow's choice does; films come out 3 % smaller (jobs/bench/png.py).
+    """
     if array.dtype != np.uint8:
         raise TypeError(f"pixels are {array.dtype}, not uint8")
     sink = io.BytesIO()
-    _picture(array if array.ndim == 3 else array[..., None]).save(sink, "PNG", compress_level=compress_level)
+    _picture(array if array.ndim == 3 else array[..., None]).save(
+        sink, "PNG", compress_level=compress_level, compress_type=strategy
+    )
     return sink.getvalue()
 
 

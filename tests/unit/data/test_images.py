@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,18 @@ def test_png_keeps_every_pixel(shape: tuple[int, ...]) -> None:
     assert png == encode_png(array.copy())
     assert np.array_equal(decode_png(png), array.reshape(9, 7, -1))
     assert len(encode_png(array, compress_level=0)) > len(array.tobytes())
+
+
+def test_run_lengths_alone_take_no_more_room(photo: np.ndarray) -> None:
+    for picture in (photo, photo[..., :1]):
+        default = encode_png(picture, strategy=zlib.Z_FILTERED)
+        assert encode_png(picture) == encode_png(picture, strategy=zlib.Z_RLE)
+        assert len(encode_png(picture)) < 1.1 * len(default)
+        assert np.array_equal(decode_png(encode_png(picture)), decode_png(default))
+
+
+def test_grey_is_stored_in_one_channel(photo: np.ndarray) -> None:
+    assert Image.open(io.BytesIO(encode_png(photo[..., :1]))).mode == "L"
 
 
 def test_only_bytes_are_encoded() -> None:

@@ -133,7 +133,7 @@ def test_dark_16_bit_images_are_noted() -> None:
     assert "data.image.value_range=percentile" in note
 
 
-GOLDEN = {2: "38814f61a9c15be70c9dba106278b1175479d28e248253d55a22d8d0be5ae2eb"}
+GOLDEN = {3: "38814f61a9c15be70c9dba106278b1175479d28e248253d55a22d8d0be5ae2eb"}
 """Ingest's version -> the pixels it stores. Other pixels need another version: artifacts are named by it."""
 
 
