@@ -29,7 +29,7 @@ REDRAWN_A_SECOND = 2
 QUIET_S = 10.0
 BAR = 20
 """Columns of an actor's busy bar."""
-WIDE, NARROW = 80, 60
+WIDE, NARROW = 100, 60
 """Columns of a terminal that has room for the bars; of one that is too narrow for counts and times of actors."""
 
 
@@ -60,13 +60,15 @@ class Rendering:
         return self.gpu_seconds / 3600 * self.price if self.price is not None and self.gpus_each else None
 
     def speed(self, now: float) -> list[str]:
-        """Rates, busy share, time left; of a finished rendering the average only."""
+        """Rates, busy share, time left; where nobody is at work, or nothing is left, the average only."""
         s = self.sums
-        rate, left, busy = s.rate(now), s.left_s(self.wanted - self.done, now), s.busy(now)
-        said = [f"{rate:,.1f} images/s now" if left else "", f"{s.average:,.1f} images/s on average" if s.rows else ""]
-        said.append(f"busy {busy:.0%}" if busy is not None else "")
-        said.append(f"{duration(left)} left" if left is not None else "")
-        return [text for text in said if text]
+        left, busy = s.left_s(self.wanted - self.done, now), s.busy(now)
+        said = []
+        if left is not None:
+            said = [f"{s.rate(now):,.1f} images/s now, {s.average:,.1f} on average", f"{duration(left)} left"]
+        elif s.rows:
+            said = [f"{s.average:,.1f} images/s on average"]
+        return said if busy is None else [*said, f"busy {busy:.0%}"]
 
     def counts(self) -> list[str]:
         """What went wrong, and what it cost."""
@@ -77,9 +79,8 @@ class Rendering:
         if self.gpus_each:
             said.append(f"{self.gpu_seconds:,.0f} GPU seconds")
         if self.cost is not None:
-            said.append(f"cost {self.cost:,.2f}")
-            if s.ok:
-                said.append(f"{1000 * self.cost / s.ok:,.3f} per thousand accepted")
+            each = f", {1000 * self.cost / s.ok:,.3f} per thousand accepted" if s.ok else ""
+            said.append(f"cost {self.cost:,.2f}{each}")
         return said
 
     def line(self, now: float) -> str:
@@ -111,7 +112,7 @@ class Picture:
         head = [Text(f"{r.name}: {r.done:,}/{r.wanted:,} images", style="bold")]
         head += [Text(text) for text in r.speed(now) or ["waiting for the first shard"]]
         parts: list[RenderableType] = [*_flow(head, width)]
-        parts.append(Padding(ProgressBar(total=max(1, r.wanted), completed=r.done, width=width), 0))  # ends its line
+        parts.append(Padding(_bar(r.done, max(1, r.wanted), width), 0))  # ends its line
         parts += _flow([Text(text) for text in r.counts()], width)
         actors = r.sums.working(now)
         if not actors:
@@ -130,13 +131,17 @@ class Picture:
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for p in shown:
-            bar = [ProgressBar(total=1.0, completed=p.busy or 0.0, width=BAR)] if width >= WIDE else []
+            bar = [_bar(p.busy or 0.0, 1.0, BAR)] if width >= WIDE else []
             cells = [_share(p.busy), f"{p.rate:,.1f}", f"{p.rows:,}", f"{duration(max(0.0, now - p.last))} ago"]
             table.add_row(p.worker, *bar, *cells[: len(names)])
         parts.append(table)
         if len(shown) < len(actors):
             parts.append(Text(f"and {len(actors) - len(shown):,} more, no less busy", style="dim", no_wrap=True))
         return parts
+
+
+def _bar(done: float, total: float, width: int) -> ProgressBar:
+    return ProgressBar(total, done, width, complete_style="cyan", finished_style="green")
 
 
 def _share(busy: float | None) -> str:

@@ -93,7 +93,7 @@ def test_a_view_that_is_redrawn_in_place_and_ends_with_one_line() -> None:
     assert last[0] == "a line of somebody else"
     assert re.fullmatch(
         r"generate digits: 262/4,000 images  .*1 failed  1 rejected  1 of 20 shards retried  100 GPU seconds  "
-        r"cost 1\.00  6\.250 per thousand accepted  in \d+s", "".join(last[1:])
+        r"cost 1\.00, 6\.250 per thousand accepted  in \d+s", "".join(last[1:])
     ), last  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_a_narrow_and_low_terminal() -> None:
     assert view[1] == "generate digits: 182/4,000 images"
     assert len(view) <= 16
     assert re.fullmatch(r"gpu-node-\S+…  +- +\d+\.\d", view[-2]), view
-    assert view[-1] == "and 8 more, no less busy"
+    assert view[-1] == "and 7 more, no less busy"
     assert "".join(last[1:]).startswith("generate digits: 182/4,000 images")
 
 

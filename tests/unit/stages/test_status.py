@@ -89,7 +89,7 @@ def test_counts_cost_holder_and_the_failed_table(tmp_path: Path) -> None:
         assert "1 failed   0 rejected   1 of 4 shards retried" in shown
         seconds = sum(m["render_seconds"] for m in store.markers(store.done()).values())
         # A currency unit a second, so that the cost is the seconds.
-        assert f"{seconds:,.0f} GPU seconds   cost {seconds:,.2f}   {1000 * seconds / 39:,.3f} per thousand" in shown
+        assert f"{seconds:,.0f} GPU seconds   cost {seconds:,.2f}, {1000 * seconds / 39:,.3f} per thousand" in shown
         assert f"running: process {os.getpid()} on " in shown
         assert f"/{os.getpid()}" in shown.split("last shard")[1]  # the actors
     assert "running" not in text_of(status)
