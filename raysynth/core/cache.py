@@ -26,6 +26,8 @@ def local_folder(storage: Storage, folder: str, cache: str, version: str = "") -
         FileNotFoundError: nothing is stored there.
     """
     if isinstance(storage, LocalStorage):
+        if not os.path.isdir(storage.url(folder)):
+            raise FileNotFoundError(storage.url(folder))
         return Path(storage.url(folder))
     name = hashlib.sha256(f"{storage.url(folder)} {version}".encode()).hexdigest()[:16]
     place = Path(cache).expanduser() / f"{folder.rstrip('/').rsplit('/', 1)[-1]}-{name}"

@@ -51,9 +51,14 @@ class Lease:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
-        holder = holder_of(self.storage, self.path)
-        if holder and holder["run"] == self.run:
-            self.storage.delete(self.path)
+        try:
+            holder = holder_of(self.storage, self.path)
+            if holder and holder["run"] == self.run:
+                self.storage.delete(self.path)
+        except Exception as fault:
+            # What ended the work says more than a lock that cannot be removed; it dies with this process.
+            if error is None or not is_storage_fault(fault):
+                raise
 
     def _write(self) -> None:
         me = {"run": self.run, "host": socket.gethostname(), "pid": os.getpid(), "beat": time.time()}

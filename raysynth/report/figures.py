@@ -65,7 +65,7 @@ def ratio_curve(data: ReportData) -> Drawing | None:
             axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(ratios))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticks(ratios, [f"{r:g}" for r in ratios])
+        axes.set_xticks(ratios, [f"{r:.3g}" for r in ratios])
         if len(ratios) == 1:
             axes.set_xlim(ratios[0] * 0.5, ratios[0] * 1.5)
         axes.set(xlabel="synthetic (or repeated) images per real image", ylabel=f"{metric}, mean over seeds")

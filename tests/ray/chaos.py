@@ -81,8 +81,8 @@ def plan(seed: int, run: int) -> list[Kill]:
     mine = deck[cut:] if run % 2 else deck[:cut]
     chance = random.Random(f"{seed}/run {run}")
     # Some by progress, some by time, some at once with the one before.
-    markers = sorted(chance.choice([0, chance.randrange(SHARDS * 3 // 4)]) for _ in mine)
-    return [Kill(k, m, chance.choice([0.0, chance.uniform(0, 4)])) for k, m in zip(mine, markers)]
+    markers = sorted(max(0, chance.randrange(-SHARDS // 4, SHARDS * 3 // 4)) for _ in mine)
+    return [Kill(k, m, chance.choice([0.0, chance.uniform(0, 2)])) for k, m in zip(mine, markers)]
 
 
 class Driver:
@@ -125,6 +125,13 @@ class Run:
         self.store = synthetic_set(str(place / "set"))
 
     def play(self) -> Outcome:
+        """Starts drivers until one is done."""
+        try:
+            return self._play()
+        finally:
+            self.driver.process.kill()
+
+    def _play(self) -> Outcome:
         began = self.last = time.monotonic()
         while True:
             self.outcome.drivers += 1
@@ -246,6 +253,7 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 def main(kills: int, seed: int, only: int | None, out: str | None) -> int:
     """Runs until so many kills were made. Returns the exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the cluster too
     place = Path(tempfile.mkdtemp(prefix="chaos-"))
     uninterrupted = synthetic_set(str(place / "reference"))
     render_all(uninterrupted, WANTED, FakeRenderer(), micro_batch=2)

@@ -10,8 +10,11 @@ from typing import Any
 
 import psutil
 
-ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-NODE = {"num_cpus": 1, "object_store_memory": 80 << 20, "node_ip_address": "127.0.0.1"}
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # so Ray says where it is to listen on loopback only
+}  # fmt: skip
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 # A node that is gone is known after 2 s; Ray's own 15 to 30 s only make the runs longer.
 GCS = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 

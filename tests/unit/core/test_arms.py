@@ -38,6 +38,16 @@ def test_arms_factors_and_seeds_are_crossed() -> None:
     assert not e.sweep.arms, "an arm has no arms"
 
 
+def test_only_some_arms() -> None:
+    sweep = {"arms": {"real": {"training_set.strategy": "real"}, "mix x3": {"training_set.ratio": 3}}}
+    assert [a.name for a in arms(experiment(sweep={**sweep, "only": ["mix x3"]}))] == ["mix x3"]
+    with pytest.raises(ConfigError, match=r"sweep.only: got 'mix x2', must be an arm of the sweep \(real, mix x3\)"):
+        experiment(sweep={**sweep, "only": ["mix x2"]})
+    primary = {"primary": {"arm": "mix x3", "against": "real", "metric": "auroc"}}
+    with pytest.raises(ConfigError, match=r"evaluation.primary.against: got 'real', must be an arm .* \(mix x3\)"):
+        experiment(sweep={**sweep, "only": ["mix x3"]}, evaluation=primary)
+
+
 def test_an_experiment_without_a_sweep_is_one_arm() -> None:
     assert [(a.name, a.seed, a.settings) for a in arms(experiment())] == [("mix", 0, {})]
 

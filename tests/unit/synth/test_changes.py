@@ -80,12 +80,23 @@ def test_another_seed_renders_other_images(world: World) -> None:
     assert not set(images(world.store).values()) & set(world.before.values())
 
 
-def test_a_corrupt_shard_is_rendered_again_alone_to_the_same_bytes(world: World) -> None:
+def flipped(data: bytes) -> bytes:
+    """One bit of the middle byte is another."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda data: data[:-10], lambda data: b""],
+                         ids=["flipped", "truncated", "deleted"])  # fmt: skip
+def test_a_damaged_part_is_found_and_rendered_again_alone_to_the_same_bytes(
+    world: World, damage: Callable[[bytes], bytes]
+) -> None:
     store = synthetic_set(world.root)
-    part = store.marker(1)["part"]
-    data = bytearray(store.part(part))
-    data[len(data) // 2] ^= 1
-    store.storage.put(store.file(part), bytes(data))
+    part = store.file(store.marker(1)["part"])
+    data = damage(store.storage.get(part))
+    store.storage.put(part, data)
+    if not data:
+        store.storage.delete(part)
     verdict = verify(store, wanted_rows())
     assert list(verdict.corrupt) == [1]
     assert len(verdict.missing) == 8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import fsspec.config
 import pytest
@@ -15,7 +15,7 @@ from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet, is_content
 from raysynth.synth.verify import verify
-from tests.engine import images, keys_of, render_all, synthetic_set, wanted_rows
+from tests.engine import images, render_all, synthetic_set, wanted_rows
 from tests.faulty_s3 import PASSING, Fault, FaultyS3
 
 WANTED = wanted_rows(n=8)  # 24 rows in three shards
@@ -159,23 +159,3 @@ def test_a_listing_that_hides_a_new_wave_adds_no_second_one(s3_root: str, bad_da
     again = render_all(synthetic_set(s3_root), WANTED, FakeRenderer(), rounds=1)
     assert {s["outcome"] for s in again} == {"already"}
     assert len(synthetic_set(s3_root).waves()) == 1
-
-
-def flipped(data: bytes) -> bytes:
-    return data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :]
-
-
-@pytest.mark.parametrize("damage", [flipped, lambda data: data[:-10], lambda data: None],
-                         ids=["flipped byte", "truncated", "deleted"])  # fmt: skip
-def test_a_reader_never_takes_a_damaged_part(any_root: str, damage: Callable[[bytes], bytes | None]) -> None:
-    store = synthetic_set(any_root)
-    render_all(store, WANTED, FakeRenderer())
-    part = store.file(store.marker(2)["part"])  # type: ignore[index]
-    changed = damage(store.storage.get(part))
-    if changed is None:
-        store.storage.delete(part)
-    else:
-        store.storage.put(part, changed)
-    verdict = verify(store, WANTED)
-    assert list(verdict.corrupt) == [2]
-    assert verdict.missing == keys_of(WANTED)[16:24]
