@@ -6,6 +6,7 @@ they come in. Knows nothing of Ray.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -178,7 +179,8 @@ class RenderView:
         self._lock = threading.Lock()
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._beat, daemon=True)
         self._live: Live | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        # FORCE_COLOR makes a log a terminal for rich; redrawing it would fill it with control codes.
+        if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
             picture = Picture(rendering, lock=self._lock)
             # The common console, so that what others say meanwhile comes above the view.
             self._live = Live(picture, console=console, refresh_per_second=REDRAWN_A_SECOND, transient=True)

@@ -6,6 +6,7 @@ import io
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -92,7 +93,9 @@ def test_a_real_generator_on_s3(ray_session: None, s3_root: str, tmp_path: Path)
     assert images(alone).items() <= images(store).items()
 
 
-def test_gate_then_retry_failed(ray_session: None, tmp_path: Path) -> None:
+def test_gate_then_retry_failed(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     storage = open_storage(str(tmp_path / "runs"))
     e = experiment(str(tmp_path / "runs"), tmp_path / "cache")
     generator = trained(storage, tmp_path / "export")
@@ -105,6 +108,9 @@ def test_gate_then_retry_failed(ray_session: None, tmp_path: Path) -> None:
     lenient = experiment(str(tmp_path / "runs"), tmp_path / "cache", compute={"max_failed_fraction": 0.1})
     artifact = generate(lenient, storage, generator, planned, CLUSTER, factory=broken)
     assert artifact.run_info()["counts"]["failed"] == 3
+    table = storage.url(artifact.file("failed.parquet"))
+    assert f"the failed rows, with reasons: {table}\n" in capsys.readouterr().out
+    assert set(pd.read_parquet(table)["row_key"]) == set(bad)
     failed = load_index(artifact).query("status == 'failed'")
     assert set(failed["row_key"]) == set(bad)
     assert failed["reason"].str.contains("not finite").all()

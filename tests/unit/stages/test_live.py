@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from fcntl import ioctl
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import pyte
 import pytest
 from rich.console import Console
 
-from raysynth.stages.live import Picture, Rendering
+from raysynth.stages import live
+from raysynth.stages.live import Picture, Rendering, RenderView
+from raysynth.synth.throughput import Throughput
 
 REPOSITORY = Path(__file__).parents[3]
 # Rows of statistics of ACTORS actors; waits for a line on standard input after each ten, to be looked at.
@@ -108,11 +111,28 @@ def test_a_narrow_and_low_terminal() -> None:
     assert "".join(last[1:]).startswith("generate digits: 182/4,000 images")
 
 
+def test_metrics_are_repeated_while_no_row_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heard:
+        done: list[int] = []
+
+        def repeat(self, sums: Throughput, done: int, now: float) -> None:
+            self.done.append(done)
+
+    monkeypatch.setattr(live, "BEAT_S", 0.01)
+    with RenderView(Rendering("generate digits", 10, 4), Heard()):
+        time.sleep(0.2)
+    heard = len(Heard.done)
+    assert heard > 3
+    assert set(Heard.done) == {4}
+    time.sleep(0.1)
+    assert len(Heard.done) == heard
+
+
 def test_quiet_lines_where_there_is_no_terminal() -> None:
     def lines(every_s: str) -> list[str]:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM, "3", "20", every_s], capture_output=True, text=True, check=True,
-            stdin=subprocess.DEVNULL, cwd=REPOSITORY, timeout=60,
+            stdin=subprocess.DEVNULL, cwd=REPOSITORY, timeout=60, env=os.environ | {"FORCE_COLOR": "1"},
         )  # fmt: skip
         assert "\x1b" not in done.stdout
         assert not done.stderr
