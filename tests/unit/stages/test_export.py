@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ from raysynth.data.plans import build_plan
 from raysynth.stages.cluster import Resources
 from raysynth.stages.export import Export, Group, begin, cut, export, finish, write_group, written
 from raysynth.stages.export_formats import FORMATS, Vocabulary, export_rows, features_of, folder_name
-from raysynth.stages.generate import _conclude
+from raysynth.stages.generate import conclude
 from raysynth.synth.fake import FakeRenderer
+from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.wanted import Wanted
 from tests.engine import SAMPLING, image_table, images, keys_of, render_all
@@ -58,7 +62,7 @@ class Made:
         self.generated = Artifact.at(self.storage, "generate", "t", 1, {}, {"plan": "p"})
         render_all(self.store, self.wanted, FakeRenderer(broken=tuple(self.failed)))
         compute = Compute(max_failed_fraction=0.1)
-        _conclude(self.generated, self.store, self.wanted, generator, compute, sums={})
+        conclude(self.generated, Ledger(self.store), self.wanted, generator, compute, sums={})
 
     def _artifact(self, stage: str, name: str, data: bytes, **facts: Any) -> Artifact:
         artifact = Artifact.at(self.storage, stage, "t", 1, {}, {})
@@ -231,6 +235,51 @@ def test_same_bytes_again_and_only_what_is_missing(made: Made, tmp_path: Path, t
         write_group(job, group)
     assert tree(tmp_path / "one") == first
     assert (tmp_path / "one" / files[4]).stat().st_mtime_ns == untouched
+
+
+KILLED = """
+import os, signal, sys
+from raysynth.core.artifacts import Artifact
+from raysynth.core.storage import LocalStorage, open_storage
+from raysynth.stages.export import begin, cut, write_group
+
+root, generated, images, out, file_bytes, writes = sys.argv[1:]
+storage = open_storage(root)
+generated, images = (Artifact.open(storage, path) for path in (generated, images))
+job, _ = begin(generated, images, "webdataset", out, 1)
+put, left = LocalStorage._staged, int(writes)
+
+def staged(*args):
+    global left
+    found = put(*args)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+LocalStorage._staged = staged
+for group in cut(generated, job.store, int(file_bytes)):
+    write_group(job, group)
+"""
+"""An export that kills its process in the middle of a write: staged, not yet in place."""
+
+
+def test_killed_and_resumed_is_uninterrupted(made: Made, tmp_path: Path) -> None:
+    job, _ = made.begin("webdataset", str(tmp_path / "whole"))
+    small = cut_small(made, job)
+    for group in small:
+        write_group(job, group)
+    part = max(e.size for e in made.storage.list(made.store.file("parts")))
+    words = [made.storage.root, made.generated.path, made.images.path, str(tmp_path / "out"), str(part), "6"]
+    command = [sys.executable, "-c", KILLED, *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    job, _ = made.begin("webdataset", str(tmp_path / "out"))
+    there = written(job, small)
+    assert set(there) == {0, 1}  # the third one's tar was in place, its book was not
+    for group in small[2:]:
+        write_group(job, group)
+    assert {n: d for n, d in tree(tmp_path / "out").items() if not n.endswith(".tmp")} == tree(tmp_path / "whole")
 
 
 def _int_keys(found: dict) -> dict:
