@@ -30,7 +30,7 @@ from raysynth.data.plans import build_plan
 from raysynth.stages import cluster
 from raysynth.stages.export import begin, export, write_group
 from raysynth.stages.export_formats import FORMATS
-from raysynth.stages.generate import _conclude
+from raysynth.stages.generate import conclude
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.wanted import Wanted
@@ -63,7 +63,7 @@ def made(storage: Storage, images: int, kb: int) -> tuple[Artifact, Artifact]:
                       "began": time.time(), "finished": time.time(), "actor": "a", "worker": "w"}  # fmt: skip
             store.commit(shard, marker)
     generated = Artifact.at(storage, "generate", "bench", 1, {}, {"plan": "p"})
-    _conclude(generated, store, wanted, real, Compute(), sums={})
+    conclude(generated, Ledger(store), wanted, real, Compute(), sums={})
     return generated, real
 
 

@@ -74,9 +74,10 @@ def do_render(root: str, rows: int, shard_rows: int, workers: int) -> dict[str, 
     import ray
 
     from raysynth.stages import cluster
-    from raysynth.stages.generate import _conclude, render
+    from raysynth.stages.generate import conclude, render
     from raysynth.stages.plan import plan_artifact, wanted_rows
     from raysynth.synth.fake import FakeRenderer
+    from raysynth.synth.ledger import Ledger
     from tests.engine import synthetic_set
 
     ray.init(
@@ -90,13 +91,14 @@ def do_render(root: str, rows: int, shard_rows: int, workers: int) -> dict[str, 
     planned = plan_artifact(e, storage, images(e, rows))
     wanted = wanted_rows(e, storage, planned)
     store = synthetic_set(storage)
-    before = store.done()
+    ledger = Ledger(store)
+    before = ledger.done
     compute = Compute(render_workers=workers, micro_batch=50, shard_rows=shard_rows)
     found = cluster.Resources(workers + 2, 0, 1)
-    sums = render(store, wanted, partial(FakeRenderer), compute, found)
+    sums = render(store, wanted, partial(FakeRenderer), compute, found, ledger=ledger)
     rendered = time.time()
     artifact = Artifact.at(storage, "generate", "scale", 1, {}, {"plan": planned.digest()})
-    _conclude(artifact, store, wanted, planned, compute, found, sums)
+    conclude(artifact, ledger, wanted, planned, compute, sums)
     new = store.markers(store.done() - before)
     return {
         "first_render_s": min(m["began"] for m in new.values()) - up, "render_wall_s": rendered - up,

@@ -36,7 +36,7 @@ from raysynth.synth.growth import growth, unwanted
 from raysynth.synth.importing import ImportRenderer
 from raysynth.synth.ledger import ABSENT, FAILED, STATUSES, Ledger, Places, rows_table
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
-from raysynth.synth.sets import SyntheticSet, is_content
+from raysynth.synth.sets import SyntheticSet, Wave, is_content
 from raysynth.synth.settle import read_settled
 from raysynth.synth.wanted import CHUNK, Wanted, unpack
 from raysynth.synth.waves import extend, missing, rows_a_shard
@@ -122,7 +122,7 @@ def generate(
         say(f"generate: the set holds {others:,} rows that this plan does not want; they stay")
     if not missing(ledger, wanted, retry_failed).any() and not ledger.pending(wanted):
         say(f"generate: nothing to render, {store.path} holds all {len(wanted):,} rows")
-        return _conclude(artifact, store, wanted, generator, compute, {})
+        return conclude(artifact, ledger, wanted, generator, compute, {})
     found = resources() if callable(resources) else resources
     if experiment.generator.kind == "external":
         found, compute, wanted = replace(found, gpus=0), reading(compute), by_location(wanted)
@@ -134,7 +134,7 @@ def generate(
     )  # fmt: skip
     sums = render(store, wanted, factory, compute, found, retry_failed, ledger)
     wanted = wanted_rows(experiment, storage, plan)
-    return _conclude(artifact, store, wanted, generator, compute, sums)
+    return conclude(artifact, ledger, wanted, generator, compute, sums)
 
 
 def fixed(store: SyntheticSet, compute: Compute) -> dict[str, Any]:
@@ -185,31 +185,41 @@ def render(
             if wave is not None:
                 say(f"generate: wave {wave.number} of {store.path}: {sum(wave.shard_rows):,} rows in "
                     f"{len(wave.shard_rows):,} shards of up to {size:,}: {why}")  # fmt: skip
-        left = ledger.pending(wanted)
-        todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in left)
+
+        def left() -> list[tuple[Wave, int]]:
+            store.fold()
+            return ledger.refresh().pending(wanted)
+
+        todo = sum(wave.shard_rows[shard - wave.first_shard] for wave, shard in ledger.pending(wanted))
         _, _, gpus_each = worker_shape(compute, resources)
         rendering = Rendering(
             f"generate {store.name}", len(wanted), max(0, len(wanted) - todo), gpus_each, compute.price_per_gpu_hour
         )
         metrics = RenderMetrics(store.path.rpartition("/")[2], len(wanted), gpus_each)
         with RenderView(rendering, metrics) as view:
-            return run_rounds(
-                job, lambda: ledger.refresh().pending(wanted), compute, resources, view,
-                backwards=bool(lease.others),
-            )  # fmt: skip
+            return run_rounds(job, left, compute, resources, view, backwards=bool(lease.others))
 
 
-def _conclude(
+def conclude(
     artifact: Artifact,
-    store: SyntheticSet,
+    ledger: Ledger,
     wanted: Wanted,
     generator: Artifact,
     compute: Compute,
     sums: dict[str, float],
 ) -> Artifact:
-    """Checks counts against the plan, writes the artifact, holds the gate."""
+    """Checks counts against the plan, writes the artifact, holds the gate.
+
+    Args:
+        ledger: of the set, however old. sums: what this run did, for run.json.
+
+    Raises:
+        EnvironmentFault: the set does not hold every wanted row.
+        GateFailed: more rows failed than `compute.max_failed_fraction`.
+    """
+    store = ledger.store
     store.fold()
-    ledger = Ledger(store)
+    ledger.refresh()
     markers = store.markers(ledger.done)
     places = ledger.find(wanted.keys, ledger.statuses(markers))
     lost = np.flatnonzero(places.status == ABSENT)

@@ -1,6 +1,6 @@
 """S3 requests of the engine, counted: for each shard, and for opening, listing, folding and checking a set.
 
-    uv run python jobs/bench/requests.py [--shards 60] [--rows 20]
+    uv run python jobs/bench/s3_requests.py [--shards 60] [--rows 20]
 
 Every request of this process passes botocore's client and is counted there by its operation. A moto server answers;
 counts do not depend on the store.
