@@ -23,6 +23,7 @@ from raysynth.synth.shards import ShardRunner
 
 PATIENCE_S = 10.0  # a sick worker lets the others start this long before it turns shards away at once
 NAP_S = 5.0  # and holds each shard so long while they work
+MAX_STARTS = 3  # of one actor that ended its process while the renderer was loaded; Ray restarts it for ever
 LOOK_EVERY_S = 2.0  # so often it looks whether its driver was told to stop
 SUMMED = ("ok", "failed", "rejected", "render_s", "load_s", "encode_s", "commit_s")
 """Numbers of a row of statistics that add up."""
@@ -68,17 +69,39 @@ class RenderActor:
         self.calls = _Calls()
         self.leaving = False
         try:
+            began = self._note_start()
             renderer = job.factory()
             settled = job.settle(renderer)
             self.sickness = canary_fault(renderer, settled.micro_batch) or ""
             self.runner = ShardRunner(job.store, renderer, settled.micro_batch)
             self.waves = {w.number: w for w in job.store.waves()}
+            for name in began:
+                job.store.storage.delete(name)
         except EnvironmentFault as error:
             # Raised here it would reach the user as an actor's death; as a row it keeps its words.
             self.refusal = str(error)
         except Exception as error:  # noqa: BLE001 - one bad device must not end the others' run
             self.sickness = storage_words(error) if is_storage_fault(error) else f"{type(error).__name__}: {error}"
         threading.Thread(target=self._watch, args=(_sigterm_pipe(),), daemon=True).start()
+
+    def _note_start(self) -> list[str]:
+        """Records that this actor begins to load its renderer, to be removed once it has: the names of the records.
+
+        Raises:
+            SickWorker: it died of that too often.
+        """
+        import ray
+
+        storage = self.job.store.storage
+        folder = self.job.store.file(f"starts/{self.job.run}-{ray.get_runtime_context().get_actor_id()}")
+        earlier = [e.path for e in storage.list(folder)]
+        if len(earlier) >= MAX_STARTS:
+            raise SickWorker(
+                f"the process ended {len(earlier)} times while it loaded the renderer: is memory short? Ray's logs of "
+                "the worker say more"
+            )
+        storage.put(f"{folder}/{len(earlier)}", b"")
+        return [*earlier, f"{folder}/{len(earlier)}"]
 
     def _watch(self, terminated: int | None) -> None:
         """Waits for SIGTERM or the driver's stop."""
