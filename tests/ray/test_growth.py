@@ -78,9 +78,8 @@ def test_grown_data_render_only_what_is_new(any_root: str, tmp_path: Path, capsy
     was = dict(zip(*(load_table(storage, first)[c].to_pylist() for c in ("image_id", "split"))))
     now = dict(zip(*(load_table(storage, second)[c].to_pylist() for c in ("image_id", "split"))))
     assert was.items() <= now.items()
-    assert {c: {s for i, s in now.items() if i.startswith(f"{c}/")} for c in "012"} == dict.fromkeys(
-        "012", {"train", "val", "test"}
-    )
+    for digit in "012":
+        assert {s for i, s in now.items() if i.startswith(f"{digit}/")} == {"train", "val", "test"}
     added = sum(s == "train" for s in now.values()) - n_train
     assert len(new) == n_train + 3 * added
     assert not new & keys

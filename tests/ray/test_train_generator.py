@@ -17,6 +17,7 @@ import pytest
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.images import decode_png
@@ -52,14 +53,16 @@ def test_what_a_run_leaves(uninterrupted: Artifact) -> None:
     events = {n for n in names if n.startswith("log/events.")}
     assert events
     assert names - events == {
-        "_SUCCESS", "run.json", "config.yaml", "export.json", "log/loss.jsonl",
+        "_SUCCESS", "run.json", "config.yaml", "export.json", "log/loss.jsonl", "seen.parquet",
         "samples/00000075.png", "samples/00000150.png",
         "export/README.md", "export/condition.json", "export/generator.json", "export/scheduler/scheduler_config.json",
         "export/unet/config.json", "export/unet/diffusion_pytorch_model.safetensors",
     }  # fmt: skip
     info = uninterrupted.run_info()
     assert info["counts"] == {"n_real_generator": 90, "steps": 150}
-    assert set(info["outputs"]) == {n for n in names if n.startswith("export/")}
+    assert set(info["outputs"]) == {n for n in names if n.startswith("export/")} | {"seen.parquet"}
+    seen = from_parquet(storage.get(uninterrupted.file("seen.parquet")))
+    assert len(set(seen["image_id"].to_pylist())) == 90
     facts = json.loads(storage.get(uninterrupted.file("export/generator.json")))
     assert facts["n_real_generator"] == 90
     assert facts["train_on"] == "train"

@@ -89,7 +89,7 @@ def test_what_is_no_generator_is_refused(tmp_path: Path, export: Path) -> None:
     shutil.copytree(export, broken)
     (broken / "condition.json").unlink()
     for path in (str(tmp_path / "none"), str(broken)):
-        with pytest.raises(DataError, match="generator.path: .*must be a train-generator artifact.*condition.json"):
+        with pytest.raises(DataError, match=r"generator.path: .*must be a train-generator artifact.*condition.json"):
             given_artifact(experiment(str(tmp_path), path), open_storage(str(tmp_path)))
 
 
@@ -122,7 +122,7 @@ def test_a_class_it_never_learned_is_refused(tmp_path: Path, export: Path) -> No
     (narrow / "condition.json").write_text(json.dumps(spec))
     storage = open_storage(str(tmp_path / "runs"))
     original = trained(storage, narrow)
-    with pytest.raises(DataError, match="generator.path: got '9', must be a generator that knows every class"):
+    with pytest.raises(DataError, match=r"generator.path: got '9', must be a generator that knows every class"):
         check_given(experiment(storage.root, original.path), storage, digit_artifact(storage), original)
 
 

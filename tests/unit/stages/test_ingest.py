@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from raysynth.core.config import build_experiment
+from raysynth.core.errors import DataError
 from raysynth.core.experiment import Data, ImageSpec
 from raysynth.core.identity import sha256_bytes
+from raysynth.core.schemas import to_parquet
 from raysynth.core.storage import open_storage
 from raysynth.data.images import prepare
 from raysynth.data.quarantine import reason_kind
@@ -53,6 +55,19 @@ def test_same_artifact(root: str, override: str) -> None:
 @pytest.mark.parametrize("override", DIFFERENT)
 def test_other_artifact(root: str, override: str) -> None:
     assert fp(root, override) != fp(root)
+
+
+def test_the_earlier_table_is_known_by_its_content(root: str) -> None:
+    storage, table = open_storage(root), pa.table({"image_id": ["a/0.png"], "split": ["test"]})
+    for folder in ("one", "two"):
+        storage.put(f"{folder}/table.parquet", to_parquet(table))
+    storage.put("three/table.parquet", to_parquet(table.slice(0, 0)))
+    kept = fp(root, f"data.split.keep={root}/one")
+    assert kept != fp(root)
+    assert fp(root, f"data.split.keep={root}/two/table.parquet") == kept
+    assert fp(root, f"data.split.keep={root}/three") != kept
+    with pytest.raises(DataError, match=r"data.split.keep: got '.*none/table.parquet', must be an ingest artifact"):
+        fp(root, f"data.split.keep={root}/none")
 
 
 def test_one_more_image_is_another_artifact(root: str) -> None:
