@@ -20,7 +20,7 @@ from raysynth.data.conditions import ConditionSpec
 from raysynth.synth.renderer import Row
 from raysynth.synth.samplers import HALF, cast_weights, sample
 
-COMPILE_OPTIONS = {"deterministic": True}
+COMPILE_OPTIONS: dict[str, Any] = {"deterministic": True}
 """No kernel is chosen by timing, so that every process compiles the same arithmetic."""
 SHAPES = 32
 """Shapes compiled at most: halvings of the micro-batch, each with and without guidance. Beyond it torch would run

@@ -13,6 +13,7 @@ from raysynth.core.experiment import Sampling
 from raysynth.models.ddpm import DDPMTraining
 from raysynth.synth.ddpm import DDPMRenderer
 from raysynth.synth.renderer import Row, canary_fault, noise_seed
+from raysynth.synth.samplers import denoise, make_sampler
 from tests.generators import BATCH, NULL, SPEC, batch, exported, small
 
 pytestmark = [
@@ -71,6 +72,42 @@ def test_a_row_alone_has_the_bytes_it_has_in_a_batch(folder: str, sampler: Any, 
         alone: list[Row | None] = [None] * N
         alone[place] = wanted
         assert made.render(alone, N)[place].tobytes() == whole[place].tobytes()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_compiled_a_row_keeps_its_bytes(folder: str, precision: Any) -> None:
+    sampling = Sampling(sampler="ddim", steps=3, guidance_scale=2.0, guidance_interval=[0.0, 0.7], precision=precision)
+    made = DDPMRenderer(folder, sampling, "cuda", compiled=True)
+    whole = made.render(rows(), N)
+    assert made.render([None, None, rows()[2], None], N)[2].tobytes() == whole[2].tobytes()
+    plain = DDPMRenderer(folder, sampling, "cuda").render(rows(), N)
+    np.testing.assert_allclose(whole, plain, atol=1e-3 if precision == "fp32" else 1e-1)
+
+
+def test_half_precision_weights_are_cast_once_to_the_bytes_of_autocast(folder: str) -> None:
+    half = Sampling(sampler="ddim", steps=3, precision="bf16")
+    made, by_autocast = DDPMRenderer(folder, half, "cuda"), DDPMRenderer(folder, Sampling(), "cuda")
+    by_autocast.sampling = half
+    assert {p.dtype for p in made.unet.parameters()} == {torch.float32, torch.bfloat16}
+    assert {p.dtype for p in by_autocast.unet.parameters()} == {torch.float32}
+    assert made.render(rows(), N).tobytes() == by_autocast.render(rows(), N).tobytes()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_host_never_waits_between_the_first_step_and_the_last(folder: str, sampler: Any, precision: Any) -> None:
+    made = DDPMRenderer(folder, Sampling(sampler=sampler, steps=3, guidance_scale=2.0, precision=precision), "cuda")
+    made.render(rows(), N)
+    told = torch.zeros((N, SPEC.dim), device="cuda")
+    scheduler = make_sampler(made.scheduler_config, made.sampling)
+    timesteps, images = scheduler.timesteps.cuda(), torch.randn((N, *made.shape), device="cuda")
+    noise = [torch.Generator()] * N
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            denoise(made.unet, scheduler, timesteps, images, told, told[0], noise, made.sampling)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])
