@@ -108,7 +108,7 @@ class Driver:
             return ""
         if self.stopped and code == 4 and "SIGTERM" in self.said() and "Nothing is lost" in self.said():
             return ""
-        return f"a driver {'told to stop ' if self.stopped else ''}ended with {code}: {self.said()[-1500:]}"
+        return f"a driver {'told to stop ' if self.stopped else ''}ended with {code}: {self.said()[-600:]}"
 
 
 class Run:
@@ -143,7 +143,7 @@ class Run:
                 time.sleep(0.02)
             if time.monotonic() > began + LIMIT_S:
                 self.driver.process.kill()
-                self.outcome.faults.append(f"not done after {LIMIT_S:.0f} s: {self.driver.said()[-1500:]}")
+                self.outcome.faults.append(f"not done after {LIMIT_S:.0f} s: {self.driver.said()[-600:]}")
                 break
             code = self.driver.process.wait()
             self.outcome.faults += filter(None, [self.driver.fault(code)])
