@@ -28,7 +28,7 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.data.conditions import AGE, ConditionSpec
 from raysynth.data.found import digest
 from raysynth.data.plans import plan_sources
-from raysynth.data.subsets import generator_rows
+from raysynth.data.subsets import generator_rows, real_subset
 
 STAGE = "train-generator"
 ADOPTION_VERSION = 1
@@ -211,6 +211,19 @@ def check_given(experiment: Experiment, storage: Storage, images: Artifact, gene
     table = from_parquet(storage.get(images.file("table.parquet")))
     _check_labels(spec, plan_sources(table, e))
     _check_held_out(e, generator, table)
+
+
+def say_seen(experiment: Experiment, storage: Storage, images: Artifact, generator: Artifact) -> None:
+    """Says what the generator was trained on, and how much of it this experiment's classifier is not."""
+    table = from_parquet(storage.get(images.file("table.parquet")))
+    seen = seen_by(generator, table)
+    if seen.count is None:
+        return  # `check_given` has said that nobody knows
+    words = f"{STAGE}: it was trained on {seen.count:,} real images" + (f" ({seen.train_on})" if seen.train_on else "")
+    if seen.ids is not None:
+        own = real_subset(table, experiment.training_set, experiment.data.labels.policy)
+        words += f"; {seen.count - len(seen.ids.intersection(own)):,} of them are not the classifier's"
+    say(words)
 
 
 def _check_images(e: Experiment, unet: dict[str, Any]) -> None:

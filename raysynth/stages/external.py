@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -66,10 +68,25 @@ def listing_data(e: Experiment, classes: list[str]) -> Data:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Listing:
+    """A source to be listed; two of equal content are one."""
+
+    content: str
+    data: Data = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _list_once(listing: _Listing) -> SourceListing:
+    # A process sees one state of the listing, and the arms of a sweep list its hundred thousand files once.
+    return list_source(listing.data, MODE, every_class=False)
+
+
 def _listed(e: Experiment, storage: Storage, images: Artifact) -> SourceListing:
     classes = list(json.loads(storage.get(images.file("vocabulary.json")))["classes"])
+    data = listing_data(e, classes)
     try:
-        return list_source(listing_data(e, classes), e.name, every_class=False)
+        return _list_once(_Listing(canonical_json(data), data))
     except DataError as error:  # it speaks of the section `data`
         key = error.key.replace("data.", "generator.", 1) if not error.key.startswith("data.labels") else error.key
         remedy = error.remedy.replace("data.columns", "generator.columns")
@@ -100,6 +117,23 @@ def take_listing(e: Experiment, storage: Storage, images: Artifact) -> Artifact:
     if artifact.complete:
         say(f"{STAGE}: nothing to train; {artifact.path} lists the images of {e.generator.path}")
         return artifact
+    rows, quarantine = _judged(e, storage, images, listing)
+    artifact.put("quarantine.parquet", to_parquet(quarantine.table()))
+    quarantine.check(e.data.max_quarantined_fraction, storage, artifact.file("quarantine.csv"))
+    if not rows.num_rows:
+        raise DataError("generator.path", e.generator.path, "a listing with at least one usable row")
+    artifact.put("rows.parquet", to_parquet(rows))
+    counts = {"images": rows.num_rows, "quarantined": quarantine.kinds(), "n_real_generator": None, "steps": None}
+    artifact.commit(counts, taken_from=e.generator.path, generator_id=_generator_id(e, listing))
+    say(f"{STAGE}: nothing to train; {rows.num_rows:,} images listed at {e.generator.path}, "
+        f"{quarantine.table().num_rows:,} left out; {artifact.path}")  # fmt: skip
+    for kind, count in quarantine.kinds().items():
+        say(f"  quarantined: {count:,} {kind}")
+    return artifact
+
+
+def _judged(e: Experiment, storage: Storage, images: Artifact, listing: SourceListing) -> tuple[pa.Table, Quarantine]:
+    """The usable rows, and the others with why. Raises DataError for held-out sources where these are refused."""
     table = from_parquet(storage.get(images.file("table.parquet")))
     quarantine = Quarantine(listing)
     held_out = _held_out(listing.rows, table)
@@ -112,22 +146,10 @@ def take_listing(e: Experiment, storage: Storage, images: Artifact) -> Artifact:
             "generator.columns.source and patient out. Splits must be those under which its generator was trained: "
             "see data.split.keep.",
         )  # fmt: skip
-    quarantine.add(held_out | _not_numbers(listing.rows))
-    artifact.put("quarantine.parquet", to_parquet(quarantine.table()))
-    quarantine.check(e.data.max_quarantined_fraction, storage, artifact.file("quarantine.csv"))
-    good = np.array([i not in held_out for i in range(listing.rows.num_rows)], bool)
-    good[list(_not_numbers(listing.rows))] = False
-    rows = _rows(listing.rows.filter(pa.array(good)), table)
-    if not rows.num_rows:
-        raise DataError("generator.path", e.generator.path, "a listing with at least one usable row")
-    artifact.put("rows.parquet", to_parquet(rows))
-    counts = {"images": rows.num_rows, "quarantined": quarantine.kinds(), "n_real_generator": None, "steps": None}
-    artifact.commit(counts, taken_from=e.generator.path, generator_id=_generator_id(e, listing))
-    say(f"{STAGE}: nothing to train; {rows.num_rows:,} images listed at {e.generator.path}, "
-        f"{quarantine.table().num_rows:,} left out; {artifact.path}")  # fmt: skip
-    for kind, count in quarantine.kinds().items():
-        say(f"  quarantined: {count:,} {kind}")
-    return artifact
+    bad = held_out | _not_numbers(listing.rows)
+    quarantine.add(bad)
+    good = np.array([i not in bad for i in range(listing.rows.num_rows)], bool)
+    return _rows(listing.rows.filter(pa.array(good)), table), quarantine
 
 
 def _generator_id(e: Experiment, listing: SourceListing) -> str:
@@ -203,9 +225,17 @@ def _row_key(image_id: str, prompt: str | None, known: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def external_plan(e: Experiment, storage: Storage, listed: Artifact) -> pa.Table:
-    """Every row of the listing by rank, in an order whose every prefix keeps the shares of the classes."""
-    rows = from_parquet(storage.get(listed.file("rows.parquet")))
+def external_plan(e: Experiment, storage: Storage, images: Artifact) -> pa.Table:
+    """Every usable row of the listing by rank, in an order whose every prefix keeps the shares of the classes.
+
+    Raises:
+        DataError: as `take_listing`.
+    """
+    artifact, listing = import_artifact(e, storage, images)
+    if artifact.complete:
+        rows = from_parquet(storage.get(artifact.file("rows.parquet")))
+    else:  # for a dry run
+        rows, _ = _judged(e, storage, images, listing)
     order = stratified_order(
         rows, seeded_order("plan", e.plan.seed, rows["row_key"].to_pylist()), e.data.labels.policy
     )
@@ -226,10 +256,9 @@ def set_identity(listed: Artifact) -> dict[str, Any]:
 
 
 def reading(compute: Compute) -> Compute:
-    """`compute` for reading: on CPUs, with sizes that need no measurement."""
-    return dataclasses.replace(
-        compute, micro_batch=compute.micro_batch or MICRO_BATCH, shard_rows=compute.shard_rows or SHARD_ROWS
-    )
+    """`compute` for reading: on any node's CPUs, with sizes that need no measurement."""
+    sizes = {"micro_batch": compute.micro_batch or MICRO_BATCH, "shard_rows": compute.shard_rows or SHARD_ROWS}
+    return dataclasses.replace(compute, accelerator=None, **sizes)
 
 
 def by_location(wanted: Wanted) -> Wanted:
@@ -239,5 +268,6 @@ def by_location(wanted: Wanted) -> Wanted:
         return wanted
     rows = pa.concat_tables(tables)
     split = [location.rpartition("#") for location in rows[LOCATION].to_pylist()]
-    order = sorted(range(len(split)), key=lambda i: (split[i][0], int(split[i][2]) if split[i][0] else 0, split[i][2]))
+    keys = [(file, int(row) if row.isdigit() else -1, row) for file, _, row in split]  # `table.parquet#17`, or a path
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     return Wanted.of(rows.take(pa.array(order)))

@@ -61,6 +61,7 @@ def make_renderer(
 
 def generator_id(generator: Artifact) -> str:
     """Content digest of the exported weights, schedule and condition layout: what the generator is."""
+    generator.digest()  # says what to run, where it is not complete
     run = generator.run_info()
     if "generator_id" in run:  # the listing of a set that was rendered elsewhere
         return run["generator_id"]

@@ -16,7 +16,7 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages import cluster
-from raysynth.stages.adoption import adopt, check_given, given_artifact
+from raysynth.stages.adoption import adopt, check_given, given_artifact, say_seen
 from raysynth.stages.evaluate import evaluate, evaluate_artifact
 from raysynth.stages.external import import_artifact, take_listing
 from raysynth.stages.fidelity import fidelity, fidelity_artifact
@@ -219,4 +219,5 @@ class Pipeline:
             return take_listing(e, s, self.images)
         found = adopt(e, s)
         check_given(e, s, self.images, found)
+        say_seen(e, s, self.images, found)
         return found

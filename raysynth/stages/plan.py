@@ -50,7 +50,7 @@ def plan_artifact(experiment: Experiment, storage: Storage, ingest_artifact: Art
     inputs = {"images": ingest_artifact.digest()}
     if experiment.generator.kind == "external":
         config["plan"] = {"seed": experiment.plan.seed}
-        inputs["listing"] = import_artifact(experiment, storage, ingest_artifact)[0].digest()
+        inputs["listing"] = import_artifact(experiment, storage, ingest_artifact)[0].fp  # known before it is taken
     return Artifact.at(storage, "plan", experiment.name, STAGE_VERSION, config, inputs)
 
 
@@ -66,8 +66,8 @@ def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) ->
     sources = plan_sources(from_parquet(storage.get(ingest_artifact.file("table.parquet"))), experiment)
     if not artifact.complete:
         if external:
-            listed = import_artifact(experiment, storage, ingest_artifact)[0]
-            rows, joint = external_plan(experiment, storage, listed), None
+            import_artifact(experiment, storage, ingest_artifact)[0].digest()
+            rows, joint = external_plan(experiment, storage, ingest_artifact), None
         else:
             rows = plan_rows(sources, experiment)
             joint = joint_table(rows, sources, over, labels)

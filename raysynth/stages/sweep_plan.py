@@ -23,6 +23,7 @@ from raysynth.core.schemas import from_parquet, label_names
 from raysynth.core.storage import Storage
 from raysynth.data.plans import plan_rows, plan_sources, select, selection
 from raysynth.data.strata import used_labels
+from raysynth.stages.external import external_plan
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
@@ -137,7 +138,7 @@ def _wanted(p: Pipeline) -> np.ndarray:
     if p.plan.complete:
         return wanted_rows(e, p.storage, p.plan).keys
     sources = plan_sources(from_parquet(p.storage.get(p.images.file("table.parquet"))), e)
-    rows = plan_rows(sources, e)
+    rows = external_plan(e, p.storage, p.images) if e.generator.kind == "external" else plan_rows(sources, e)
     mask = select(rows, sources.num_rows, selection(e), e.data.labels.policy)
     return pack(rows.filter(pa.array(mask))["row_key"])
 
@@ -148,7 +149,8 @@ def _work(p: Pipeline, wanted: np.ndarray) -> SetWork:
         settled = read_settled(p.synthetic_set)
         left -= int(held_by(wanted, Ledger(p.synthetic_set).committed()).sum())
     s = e.sampling
-    words = f"{p.generator.path.rpartition('/')[2]}, {s.sampler} {s.steps} steps, guidance {s.guidance_scale:g}"
+    words = p.generator.path.rpartition("/")[2]
+    words += f", {s.sampler} {s.steps} steps, guidance {s.guidance_scale:g}" if e.generator.kind == "ddpm" else ""
     if settled is None:
         return SetWork(words, len(wanted), left, None, None)
     hours = left / settled.rows_per_s / 3600

@@ -195,6 +195,7 @@ def trial_facts(e: Experiment, generated: Artifact | None, members: Chosen, seen
     used = t.needs_synthetic and generated is not None
     trained = {i for i, s in zip(*(members.members[n].to_pylist() for n in ("id", "source")), strict=True)
                if s == "real"}  # fmt: skip
+    rendered = used and e.generator.kind != "external"  # elsewhere it was sampled otherwise
     generated_run = generated.run_info() if used and generated is not None else {}
     return {
         "architecture": c.architecture, "init": c.init, "strategy": t.strategy,
@@ -204,10 +205,11 @@ def trial_facts(e: Experiment, generated: Artifact | None, members: Chosen, seen
         "n_unseen": _unseen(seen, trained) if used else 0,
         "generator_id": generated_run.get("generator", "").rpartition("/")[2] or None,
         "synthetic_set": generated_run.get("synthetic_set"),
-        "guidance_scale": e.sampling.guidance_scale if used else None,
-        "sampling_steps": e.sampling.steps if used else None,
+        "guidance_scale": e.sampling.guidance_scale if rendered else None,
+        "sampling_steps": e.sampling.steps if rendered else None,
         "gradient_steps": c.steps, "batch_size": c.batch_size, "seed_split": e.data.split.seed, "seed_subset": t.seed,
-        "seed_generator": e.generator.seed if used else None, "seed_classifier": c.seed, "fold": None,
+        "seed_generator": e.generator.seed if used and not e.generator.path else None, "seed_classifier": c.seed,
+        "fold": None,
         "notes": members.notes,
     }  # fmt: skip
 

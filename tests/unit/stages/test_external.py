@@ -16,13 +16,15 @@ from PIL import Image
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.errors import ConfigError, DataError, GateFailed
+from raysynth.core.errors import ConfigError, DataError, EnvironmentFault, GateFailed
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import from_parquet, synthetic_schema
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, encode_png
-from raysynth.stages.external import by_location, import_artifact, listing_data, take_listing
+from raysynth.stages import external
+from raysynth.stages.external import by_location, external_plan, import_artifact, listing_data, take_listing
 from raysynth.stages.generate import synthetic_set
+from raysynth.stages.overview import show_dry_run
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import load_plan, plan, wanted_rows
 from raysynth.synth.importing import ImportRenderer
@@ -156,6 +158,8 @@ def test_rows_that_name_no_image_or_class_are_left_out_and_listed(tmp_path: Path
     with pytest.raises(GateFailed, match=r"7.5% of 40 rows"):
         taken(experiment(str(tmp_path), path))
     e = experiment(str(tmp_path), path, data={"max_quarantined_fraction": 0.1})
+    storage = open_storage(e.root)
+    assert external_plan(e, storage, digit_artifact(storage)).num_rows == N - 3  # known before it is taken
     listed, _, wanted, _ = taken(e)
     assert len(wanted) == N - 3
     left_out = from_parquet(listed.storage.get(listed.file("quarantine.parquet"))).to_pylist()
@@ -190,6 +194,7 @@ def test_rows_made_from_held_out_images_are_refused_or_left_out(
 
 
 def changed(e: Experiment, storage: Storage) -> tuple[str, str]:
+    external._list_once.cache_clear()  # as in another process
     images = digit_artifact(storage)
     return import_artifact(e, storage, images)[0].fp, synthetic_set(e, storage, take_listing(e, storage, images)).fp
 
@@ -269,3 +274,25 @@ def test_the_pipeline_knows_it(tmp_path: Path) -> None:
     assert pipeline.synthetic_set.identity["sampler"] is None
     assert json.dumps(pipeline.generated.identity["config"]["set"])
     assert Image.open(io.BytesIO(open_storage(str(tmp_path)).get("pics/00.png"))).size == (16, 16)
+
+
+def test_a_dry_run_knows_the_rows_before_they_are_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"arms": {"real": {"training_set.strategy": "real"}, "mix": {"training_set.n_synth": 25}}}
+    e = experiment(str(tmp_path), as_csv(str(tmp_path)), classifier={}, sweep=arms)
+    pipeline = Pipeline(e)
+    pipeline.images = digit_artifact(pipeline.storage, val=True)
+    show_dry_run(pipeline)
+    assert "generate: 25 of 25 rows to render" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(EnvironmentFault, match=r"is not complete. Run `raysynth train-generator`"):
+        pipeline.do("plan")
+
+
+def test_row_groups_are_read_in_order(tmp_path: Path) -> None:
+    e = experiment(str(tmp_path), as_parquet(str(tmp_path)))
+    storage = open_storage(e.root)
+    images = digit_artifact(storage)
+    take_listing(e, storage, images)
+    rows = by_location(wanted_rows(e, storage, plan(e, storage, images)))
+    assert [r["location"] for t in rows.read() for r in t.to_pylist()] == [f"made.parquet#{i}" for i in range(N)]
