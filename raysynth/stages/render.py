@@ -24,7 +24,7 @@ from raysynth.core.progress import say
 from raysynth.stages.cluster import Resources, quiet_data_context
 from raysynth.stages.live import RenderView
 from raysynth.stages.render_actor import SUMMED, RenderActor, RenderJob
-from raysynth.synth.sets import Wave
+from raysynth.synth.sets import FOLD_PAST, SyntheticSet, Wave
 from raysynth.synth.settle import Settled, read_settled
 
 MAX_IDLE_ROUNDS = 3
@@ -96,33 +96,20 @@ def run_rounds(
         EnvironmentFault: a renderer refuses its render.json, no worker is fit to work, storage fails, or this process
             got SIGTERM.
     """
-    sums = dict.fromkeys(SUMMED, 0.0)
-    idle, faults, sick, began = 0, 0, 0, time.perf_counter()
+    began, judge, folder = time.perf_counter(), _Judge(job), _Folder(job.store)
     workers, _, _ = worker_shape(compute, resources)
     with _stop_on_sigterm(job) as stopping:
         while shards := pending():
-            moved, reason, drained = 0, "", set()
-            if sick:
+            if judge.sick:
                 # A sick actor may be the first to be ready and take as many shards as fit in its queue: let there be
                 # copies for the healthy ones. A copy of a shard that is done answers "already".
                 shards = shards * max(2, math.ceil(workers * CALLS_PER_ACTOR / len(shards)))
-            sick = 0
             if backwards:
                 shards.reverse()
+            drained = set()
             for row in _round(job, shards[:ROUND_SHARDS], compute, resources):
-                if row["outcome"] == "refused":
-                    raise EnvironmentFault(row["reason"])
-                faults = faults + 1 if row["outcome"] == "storage" else 0
-                if faults >= MAX_FAULTS:
-                    raise EnvironmentFault(
-                        f"root {job.store.storage.root}: {row['reason']}. Nothing is lost: the same command then goes "
-                        "on from here."
-                    )
-                sick += row["outcome"] == "sick"
-                moved += row["outcome"] in ("committed", "already", "second opinion", "stopped")
-                reason = row["reason"] or reason
-                for key in SUMMED:
-                    sums[key] += row[key]
+                judge.row(row)
+                folder.row(row)
                 view.add(row)
                 if stopping.is_set():
                     drained |= {row["actor"]} if row["outcome"] == "stopped" else set()
@@ -133,14 +120,68 @@ def run_rounds(
                     "stopped by SIGTERM after the micro-batches that were being rendered. Nothing is lost; the same "
                     "command goes on from here."
                 )
-            idle = 0 if moved else idle + 1
-            if idle >= MAX_IDLE_ROUNDS:
-                what = "no render worker passes its canary" if sick else f"root {job.store.storage.root} cannot be used"
-                raise EnvironmentFault(
-                    f"{what} ({reason}). Check the {'device and the weights' if sick else 'storage'}; nothing is lost, "
-                    "the same command goes on from here."
-                )
-    return sums | {"wall_s": time.perf_counter() - began}
+            judge.round_is_over()
+    return judge.sums | {"wall_s": time.perf_counter() - began}
+
+
+class _Judge:
+    """What the rows of statistics say of workers and storage. Its methods raise EnvironmentFault."""
+
+    def __init__(self, job: RenderJob) -> None:
+        self.root = f"root {job.store.storage.root}"
+        self.sums = dict.fromkeys(SUMMED, 0.0)
+        self.idle = self.faults = self.sick = self.moved = 0
+        self.reason, self.fresh = "", True
+
+    def row(self, row: dict[str, Any]) -> None:
+        if self.fresh:
+            self.fresh, self.sick, self.moved, self.reason = False, 0, 0, ""
+        if row["outcome"] == "refused":
+            raise EnvironmentFault(row["reason"])
+        self.faults = self.faults + 1 if row["outcome"] == "storage" else 0
+        if self.faults >= MAX_FAULTS:
+            raise EnvironmentFault(
+                f"{self.root}: {row['reason']}. Nothing is lost: the same command then goes on from here."
+            )
+        self.sick += row["outcome"] == "sick"
+        self.moved += row["outcome"] in ("committed", "already", "second opinion", "stopped")
+        self.reason = row["reason"] or self.reason
+        for key in SUMMED:
+            self.sums[key] += row[key]
+
+    def round_is_over(self) -> None:
+        self.fresh = True
+        self.idle = 0 if self.moved else self.idle + 1
+        if self.idle < MAX_IDLE_ROUNDS:
+            return
+        what = "no render worker passes its canary" if self.sick else f"{self.root} cannot be used"
+        raise EnvironmentFault(
+            f"{what} ({self.reason}). Check the {'device and the weights' if self.sick else 'storage'}; nothing is "
+            "lost, the same command goes on from here."
+        )
+
+
+class _Folder:
+    """Folds markers beside the rendering, whenever ten thousand more shards are done."""
+
+    def __init__(self, store: SyntheticSet) -> None:
+        # Another handle: what this one remembers is read by the driver's own thread.
+        self.store = SyntheticSet(store.storage, store.name, store.identity)
+        self.committed, self.thread = 0, threading.Thread()
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.committed += row["outcome"] == "committed"
+        if self.committed >= FOLD_PAST and not self.thread.is_alive():
+            self.committed, self.thread = 0, threading.Thread(target=self._fold, daemon=True)
+            self.thread.start()
+
+    def _fold(self) -> None:
+        try:
+            self.store.fold()
+        except Exception as error:
+            if not is_storage_fault(error):
+                raise
+            # The next one folds these too.
 
 
 class _Stopping(threading.Event):
