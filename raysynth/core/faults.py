@@ -28,7 +28,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def code_of(error: BaseException) -> str:
     """The S3 code behind an error, also inside the one s3fs makes of it; empty if there is none."""
     for cause in _causes(error):
-        code = getattr(cause, "response", {}).get("Error", {}).get("Code")
+        answer = getattr(cause, "response", None) or {}  # botocore's time-outs have one that is None
+        code = answer.get("Error", {}).get("Code")
         if code:
             return str(code)
     return ""

@@ -42,6 +42,6 @@ def test_every_fault_has_a_remedy(error: Exception, words: str) -> None:
 
 def test_the_stores_own_code_is_found_and_said() -> None:
     assert code_of(answered("XMinioStorageFull")) == "XMinioStorageFull"
-    assert "[XMinioStorageFull]" in storage_words(answered("XMinioStorageFull"))
+    assert "[AccessDenied]" in storage_words(answered("AccessDenied"))
     assert code_of(ValueError()) == ""
     assert not is_storage_fault(ValueError())
