@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -237,25 +238,36 @@ def environment_fault(error: BaseException) -> str | None:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if kinds.get("RayError") else None
 
 
+def _stopped() -> None:
+    say("error: stopped by SIGTERM. Nothing is lost; the same command goes on from here.")
+    sys.exit(4)
+
+
 def guarded(work: Callable[[], object]) -> None:
     """Does the work; errors of raysynth, SIGTERM and faults of storage or cluster become one message and an exit code,
     everything else is a bug's traceback."""
-    # Ray sets the same handler once it is up; rendering has one of its own.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(signal.SIGTERM))
+    told = threading.Event()
+
+    def stop(*_: object) -> None:
+        told.set()
+        sys.exit(signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)  # rendering has a handler of its own
     try:
         work()
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C
             say("interrupted: nothing is lost, the same command goes on from here")
-        if done.code == signal.SIGTERM:
-            say("error: stopped by SIGTERM. Nothing is lost; the same command goes on from here.")
-            sys.exit(4)
+        if told.is_set():
+            _stopped()
         raise
     except RaysynthError as error:
         console.print("[bold red]error[/] ", end="")
         say(str(error))
         sys.exit(error.exit_code)
     except Exception as error:
+        if told.is_set():  # it came inside a library that made an error of its own of it
+            _stopped()
         fault = environment_fault(error)
         if fault is None:
             raise

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from dataclasses import dataclass
 
 from raysynth.core.errors import EnvironmentFault
@@ -52,6 +54,7 @@ def connect(compute: Compute, experiment: str = "") -> Resources:
     from ray.job_config import JobConfig
 
     if not ray.is_initialized():
+        at_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             _require_listener(address)
             ray.init(
@@ -63,6 +66,8 @@ def connect(compute: Compute, experiment: str = "") -> Resources:
                 f"compute.address {address}: no Ray cluster answers ({str(error).splitlines()[0]}). Start one with "
                 "`ray start --head` and use compute.address=auto, or use compute.address=local."
             ) from error
+        if callable(at_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, at_sigterm)  # Ray set its own, which ends without a word
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     total = ray.cluster_resources()
     alive = sum(1 for node in ray.nodes() if node["Alive"])

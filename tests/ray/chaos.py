@@ -21,7 +21,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,14 +36,14 @@ from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.verify import verify
 from tests.engine import images, render_all, synthetic_set, wanted_rows
-from tests.ray.playground import Playground, title
+from tests.ray.playground import Driver, Playground, title
 
 KINDS = ("actor SIGKILL", "actor SIGTERM", "worker SIGKILL", "node SIGKILL", "driver SIGKILL", "driver SIGTERM")
-HOW: dict[str, Any] = {
-    "n": 16, "replicas": 20, "compute": {"render_workers": 2, "micro_batch": 2, "shard_rows": 8}, "seconds_a_row": 0.02,
-}  # fmt: skip
+HOW: dict[str, Any] = {"n": 16, "replicas": 20, "compute": {"render_workers": 2, "micro_batch": 2, "shard_rows": 8}}
+SECONDS_A_ROW = 0.02
 WANTED = wanted_rows(HOW["n"], HOW["replicas"])
 SHARDS = len(WANTED) // HOW["compute"]["shard_rows"]
+MORE = 10  # rows that an actor may finish after SIGTERM: a shard that killed two processes is not left half-way
 IN_WORK = 3  # shards of one actor that may be rendered and not yet committed: one rendering, two being committed
 LIMIT_S = 240.0
 
@@ -85,32 +84,6 @@ def plan(seed: int, run: int) -> list[Kill]:
     return [Kill(k, m, chance.choice([0.0, chance.uniform(0, 2)])) for k, m in zip(mine, markers)]
 
 
-class Driver:
-    """A rendering driver in a process of its own."""
-
-    def __init__(self, address: str, place: Path, number: int) -> None:
-        renderer = {"seconds_a_row": HOW["seconds_a_row"], "log": str(place / "log")}
-        how = {k: HOW[k] for k in ("n", "replicas", "compute")} | {"address": address, "renderer": renderer}
-        self.output = place / f"driver-{number}.txt"
-        self.stopped = self.killed = False
-        with open(self.output, "w") as f:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.ray.driver", str(place / "set"), json.dumps(how)],
-                stdout=f, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
-            )  # fmt: skip
-
-    def said(self) -> str:
-        return self.output.read_text()
-
-    def fault(self, code: int) -> str:
-        """What is wrong with its end; empty if nothing is."""
-        if self.killed or (code == 0 and "done" in self.said()):
-            return ""
-        if self.stopped and code == 4 and "SIGTERM" in self.said() and "Nothing is lost" in self.said():
-            return ""
-        return f"a driver {'told to stop ' if self.stopped else ''}ended with {code}: {self.said()[-600:]}"
-
-
 class Run:
     """One set, rendered while processes die."""
 
@@ -122,6 +95,8 @@ class Run:
         """Processes ended by SIGKILL, at once or with their driver."""
         self.deaths = 0
         """Render actors among them."""
+        self.told: dict[int, int] = {}
+        """Actors that got SIGTERM, and the rows that each had rendered by then."""
         self.store = synthetic_set(str(place / "set"))
 
     def play(self) -> Outcome:
@@ -135,7 +110,9 @@ class Run:
         began = self.last = time.monotonic()
         while True:
             self.outcome.drivers += 1
-            self.driver = Driver(self.ground.cluster.address, self.place, self.outcome.drivers)
+            renderer = {"seconds_a_row": SECONDS_A_ROW, "log": str(self.place / "log")}
+            how = HOW | {"address": self.ground.cluster.address, "renderer": renderer}
+            self.driver = Driver(self.place, self.outcome.drivers, how)
             while self.driver.process.poll() is None and time.monotonic() < began + LIMIT_S:
                 if self.kills and self._due(self.kills[0]) and self._strike(self.kills[0].kind):
                     self.outcome.kills.append(self.kills.pop(0).kind)
@@ -181,6 +158,8 @@ class Run:
         victim = self.chance.choice(victims)
         if number == signal.SIGKILL:
             self._count([victim])
+        else:
+            self.told[victim.pid] = self._log()[1][victim.pid]
         try:
             victim.send_signal(number)
         except psutil.NoSuchProcess:
@@ -192,6 +171,12 @@ class Run:
             self.deaths += "Render" in title(process)
             self.dead.add(process.pid)
 
+    def _log(self) -> tuple[list[tuple[str, int]], Counter[int]]:
+        """(row key, process) of every rendered row, and the rows of each process."""
+        log = self.place / "log"
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return [(key, int(pid)) for key, pid in lines], Counter(int(pid) for _, pid in lines)
+
     def judge(self, reference: dict[str, str]) -> None:
         """Fills in what the run cost and what is wrong with its end."""
         out = self.outcome
@@ -200,10 +185,12 @@ class Run:
             out.faults += verdict.lines()
         if images(self.store) != reference:
             out.faults.append("images differ from those of an uninterrupted run")
-        log = self.place / "log"
-        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        lines, rendered = self._log()
         times = Counter(key for key, _ in lines)
-        alive = Counter(key for key, pid in lines if int(pid) not in self.dead)
+        alive = Counter(key for key, pid in lines if pid not in self.dead)
+        deaf = [pid for pid, before in self.told.items() if rendered[pid] > before + MORE]
+        if deaf:
+            out.faults.append(f"actors {deaf} went on rendering after SIGTERM")
         twice = [key for key, n in alive.items() if n > 1]
         if twice:
             out.faults.append(f"{len(twice)} rows rendered more than once by processes that nobody killed by SIGKILL")
@@ -235,18 +222,13 @@ def kept_rows(store: SyntheticSet) -> int:
 def table(outcomes: list[Outcome]) -> list[str]:
     """For a person."""
     kinds = Counter(kind for o in outcomes for kind in o.kills)
-    seconds, rows = sum(o.seconds for o in outcomes), len(outcomes) * len(WANTED)
-    again, kept = sum(o.again for o in outcomes), sum(o.kept for o in outcomes)
-    return [
-        *(f"{kind:<16}{kinds[kind]:>5}" for kind in KINDS),
-        f"{'kills':<16}{sum(kinds.values()):>5}",
-        f"{'runs':<16}{len(outcomes):>5}  of {len(WANTED)} rows in {SHARDS} shards",
-        f"{'drivers':<16}{sum(o.drivers for o in outcomes):>5}",
-        f"{'rows again':<16}{again:>5}  of {rows:,} ({again / max(1, rows):.2%})",
-        f"{'rows handed on':<16}{kept:>5}",
-        f"{'seconds':<16}{seconds:>5.0f}",
-        f"{'violations':<16}{sum(bool(o.faults) for o in outcomes):>5}",
-    ]
+    numbers = {kind: kinds[kind] for kind in KINDS} | {
+        "kills": sum(kinds.values()), f"runs of {len(WANTED)} rows in {SHARDS} shards": len(outcomes),
+        "drivers": sum(o.drivers for o in outcomes), "rows": len(outcomes) * len(WANTED),
+        "rows rendered again": sum(o.again for o in outcomes), "rows handed on": sum(o.kept for o in outcomes),
+        "seconds": round(sum(o.seconds for o in outcomes)), "violations": sum(bool(o.faults) for o in outcomes),
+    }  # fmt: skip
+    return [f"{name:<32}{n:>7,}" for name, n in numbers.items()]
 
 
 def main(kills: int, seed: int, only: int | None, out: str | None) -> int:

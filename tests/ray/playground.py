@@ -1,11 +1,15 @@
-"""A small Ray cluster on this machine whose processes may be found and killed."""
+"""A small Ray cluster on this machine, and drivers, whose processes may be found and killed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -71,3 +75,32 @@ def title(process: psutil.Process) -> str:
         return (process.cmdline() or [""])[0]
     except psutil.Error:
         return ""
+
+
+class Driver:
+    """A rendering driver in a process of its own.
+
+    Args:
+        place: folder of the set and of what the driver says.
+        how: as `tests.ray.driver` takes it.
+    """
+
+    def __init__(self, place: Path, number: int, how: dict[str, Any]) -> None:
+        self.output = place / f"driver-{number}.txt"
+        self.stopped = self.killed = False
+        with open(self.output, "w") as f:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.ray.driver", str(place / "set"), json.dumps(how)],
+                stdout=f, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
+            )  # fmt: skip
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def fault(self, code: int) -> str:
+        """What is wrong with its end; empty if nothing is."""
+        if self.killed or (code == 0 and "done" in self.said()):
+            return ""
+        if self.stopped and code == 4 and "SIGTERM" in self.said() and "Nothing is lost" in self.said():
+            return ""
+        return f"a driver {'told to stop ' if self.stopped else ''}ended with {code}: {self.said()[-600:]}"
