@@ -85,3 +85,24 @@ def test_noise_filter_drops_known_lines_only(capfd: pytest.CaptureFixture) -> No
     assert capfd.readouterr().err == "one\ntwo\nthree\n"
     os.write(2, b"after\n")
     assert capfd.readouterr().err == "after\n"
+
+
+@pytest.mark.parametrize("swallowed", [False, True], ids=["plain", "inside a library that makes its own error of it"])
+def test_sigterm_ends_with_words(swallowed: bool) -> None:
+    code = """
+import os, signal
+from raysynth.cli import guarded
+
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        if SWALLOWED:
+            raise AttributeError("garbled") from None
+        raise
+
+guarded(work)
+""".replace("SWALLOWED", str(swallowed))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "stopped by SIGTERM. Nothing is lost" in done.stdout
