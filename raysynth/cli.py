@@ -258,7 +258,7 @@ def guarded(work: Callable[[], object]) -> None:
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C
             say("interrupted: nothing is lost, the same command goes on from here")
-        if told.is_set():
+        if told.is_set() or done.code == signal.SIGTERM:  # so says Ray's handler, while Ray starts
             _stopped()
         raise
     except RaysynthError as error:
