@@ -33,10 +33,11 @@ def dying_storage(root: str, at: int, after: bool) -> Storage:
         def write(path: str, data: bytes) -> object:
             nonlocal count
             count += 1
-            if count == at and not after:
+            mine = count  # notes are written by another thread
+            if mine == at and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = real(path, data)
-            if count == at and after:
+            if mine == at and after:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 

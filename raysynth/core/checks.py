@@ -259,7 +259,7 @@ def _check_plan(e: Experiment) -> None:
     require(0 <= s.eta <= 1, "sampling.eta", s.eta, "in [0, 1]")
     require(s.eta == 0 or s.sampler == "ddim", "sampling.eta", s.eta, "0 unless sampler is ddim")
     require(
-        1 <= s.steps and (s.steps <= e.generator.timesteps or e.generator.path != ""), "sampling.steps", s.steps,
+        s.steps >= 1 and (s.steps <= e.generator.timesteps or e.generator.path != ""), "sampling.steps", s.steps,
         f"1 to generator.timesteps ({e.generator.timesteps})",
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ class Row:
 def write_contact_sheet(pipeline: Pipeline) -> str:
     """Draws the sheet of the pipeline's generated images unless it is there. Returns its path below the
     root."""
-    from raysynth.stages.generate import load_index, read_images
+    from raysynth.stages.generated import load_index, read_images
     from raysynth.stages.plan import wanted_rows
     from raysynth.synth.wanted import held_by, pack
 

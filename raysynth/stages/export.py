@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import ConfigError, EnvironmentFault, RaysynthError, require
@@ -38,7 +37,7 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.stages.cluster import Resources, require_shared_folder
 from raysynth.stages.export_card import Source, data_card
 from raysynth.stages.export_formats import FORMATS, METADATA, Vocabulary, counts_of, export_rows
-from raysynth.stages.generate import synthetic_set_of
+from raysynth.stages.generated import index_tables, synthetic_set_of
 from raysynth.stages.pipeline import Pipeline, is_sweep
 from raysynth.synth.sets import SyntheticSet, is_content
 
@@ -184,15 +183,12 @@ def _ok_rows(generated: Artifact) -> tuple[np.ndarray, np.ndarray, dict[int, str
     """Shard and place (N,) int32 of every ok row, 8 bytes a row; the part of each shard."""
     shards, places = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     names: dict[int, str] = {}
-    with generated.storage.open(generated.file("rows.parquet")) as f:
-        file = pq.ParquetFile(f)
-        for i in range(file.num_row_groups):
-            table = file.read_row_group(i, ["status", "shard", "place", "part"])
-            table = table.filter(pc.equal(table["status"], "ok"))
-            shards.append(table["shard"].to_numpy().astype(np.int32))
-            places.append(table["place"].to_numpy().astype(np.int32))
-            pairs = table.group_by(["shard", "part"]).aggregate([])
-            names |= dict(zip(pairs["shard"].to_pylist(), pairs["part"].to_pylist()))
+    for table in index_tables(generated, ["status", "shard", "place", "part"]):
+        table = table.filter(pc.equal(table["status"], "ok"))
+        shards.append(table["shard"].to_numpy().astype(np.int32))
+        places.append(table["place"].to_numpy().astype(np.int32))
+        pairs = table.group_by(["shard", "part"]).aggregate([])
+        names |= dict(zip(pairs["shard"].to_pylist(), pairs["part"].to_pylist()))
     return np.concatenate(shards), np.concatenate(places), names
 
 

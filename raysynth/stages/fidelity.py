@@ -30,7 +30,7 @@ from raysynth.metrics.distances import Moments
 from raysynth.metrics.features import blind_spot, extractor_identity, make_extractor
 from raysynth.metrics.fidelity import ALL, KEPT, Sample, Settings, compare, fidelity_schema, metric_name
 from raysynth.stages.cluster import Resources
-from raysynth.stages.generate import synthetic_set_of
+from raysynth.stages.generated import synthetic_set_of
 from raysynth.stages.views import build_synthetic_view, build_view, open_view_folder
 
 STAGE = "fidelity"

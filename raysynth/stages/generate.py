@@ -1,20 +1,17 @@
 """Renders the plan's selected rows into the synthetic set and proves that they are all there.
 
 Input: the plan and the exported generator. Output: a synthetic set that may serve many plans, and an artifact that
-says which of its images this plan's rows are (`rows.parquet`: row_key, rank, status, reason, attempt, shard, place,
-part) and which failed (`failed.parquet`).
+says which of its images this plan's rows are and which failed (`stages.generated`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.cache import local_folder
@@ -23,25 +20,26 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import content_digest
 from raysynth.core.lease import Lease
 from raysynth.core.progress import duration, say
-from raysynth.core.schemas import from_parquet, label_names, stream_parquet, to_parquet
+from raysynth.core.schemas import label_names
 from raysynth.core.storage import Storage
 from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
 from raysynth.stages.external import by_location, listing_data, reading, set_identity
+from raysynth.stages.generated import put_rows
 from raysynth.stages.live import Rendering, RenderView
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
 from raysynth.stages.telemetry import RenderMetrics
 from raysynth.synth.growth import growth, unwanted
 from raysynth.synth.importing import ImportRenderer
-from raysynth.synth.ledger import ABSENT, FAILED, STATUSES, Ledger, Places, rows_table
+from raysynth.synth.ledger import ABSENT, STATUSES, Ledger
 from raysynth.synth.renderer import RENDER_VERSION, Renderer
-from raysynth.synth.sets import SyntheticSet, Wave, is_content
+from raysynth.synth.sets import SyntheticSet, Wave
 from raysynth.synth.settle import read_settled
-from raysynth.synth.wanted import CHUNK, Wanted, unpack
+from raysynth.synth.wanted import Wanted, unpack
 from raysynth.synth.waves import extend, missing, rows_a_shard
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 def make_renderer(
@@ -229,8 +227,7 @@ def conclude(
             f"{store.path} misses {len(lost)} wanted rows after rendering, first "
             f"{unpack(wanted.keys[lost[:1]])[0]}. Run `raysynth verify` and then the same command again."
         )
-    artifact.put("rows.parquet", stream_parquet(_rows(wanted, places, markers)))
-    artifact.put("failed.parquet", to_parquet(failed_rows(wanted, places, markers)))
+    put_rows(artifact, wanted, places, markers)
     counts = {"wanted": len(wanted)} | {n: int((places.status == STATUSES.index(n)).sum())
                                         for n in ("ok", "failed", "rejected")}  # fmt: skip
     fraction = counts["failed"] / max(1, counts["wanted"])
@@ -256,49 +253,3 @@ def conclude(
     if counts["failed"]:
         say(f"generate: the failed rows, with reasons: {artifact.storage.url(artifact.file('failed.parquet'))}")
     return artifact
-
-
-def _rows(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> Iterator[pa.Table]:
-    """What `rows.parquet` holds, piece by piece."""
-    for at in range(0, len(wanted) or 1, CHUNK):
-        piece = slice(at, at + CHUNK)
-        yield rows_table(wanted.keys[piece], places[piece], markers).add_column(
-            1, "rank", pa.array(wanted.ranks[piece], pa.int64())
-        )
-
-
-def failed_rows(wanted: Wanted, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
-    """The failed rows as the plan has them, with reason, shard, place, attempt and part."""
-    bad = places.status == FAILED
-    why = rows_table(wanted.keys[bad], places[np.flatnonzero(bad)], markers).drop_columns(["row_key", "status"])
-    pieces = list(wanted.tables(bad))
-    if not pieces:
-        return why.add_column(0, "row_key", pa.array([], pa.string()))
-    rows = pa.concat_tables(pieces)
-    for name in why.column_names:
-        rows = rows.append_column(name, why[name])
-    return rows
-
-
-def load_index(artifact: Artifact) -> pd.DataFrame:
-    """The artifact's `rows.parquet`."""
-    return from_parquet(artifact.storage.get(artifact.file("rows.parquet"))).to_pandas()
-
-
-def synthetic_set_of(artifact: Artifact) -> SyntheticSet:
-    """The set that a complete generate artifact's images live in."""
-    return SyntheticSet.open(artifact.storage, artifact.run_info()["synthetic_set"].partition("/")[2])
-
-
-def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
-    """Synthetic rows of `index` (rows of `load_index`), images included, one table a part.
-
-    Raises:
-        EnvironmentFault: a part is not what was committed.
-    """
-    store = synthetic_set_of(artifact)
-    for part, rows in index.groupby("part", sort=True):
-        data = store.part(str(part))
-        if not is_content(str(part), data):
-            raise EnvironmentFault(f"{store.file(str(part))} is not what was committed: `raysynth verify --repair`.")
-        yield from_parquet(data).take(pa.array(sorted(rows["place"])))

@@ -16,7 +16,6 @@ from raysynth.synth.ledger import Ledger
 from raysynth.synth.settle import read_settled
 from raysynth.synth.verify import repair as give_up
 from raysynth.synth.verify import verify
-from raysynth.synth.wanted import held_by
 from raysynth.synth.waves import missing, rows_a_shard
 
 
@@ -40,7 +39,7 @@ def show_dry_run(pipeline: Pipeline) -> None:
     wanted = wanted_rows(e, pipeline.storage, pipeline.plan)
     store, c = pipeline.synthetic_set, e.compute
     ledger = Ledger(store)
-    left = len(wanted) - int(held_by(wanted.keys, ledger.committed()).sum())
+    left = len(wanted) - int(ledger.committed(wanted.keys).sum())
     frozen, new = len(ledger.pending(wanted)), int(missing(ledger, wanted).sum())
     settled = read_settled(store)
     shards = f"{frozen:,} frozen shards"

@@ -130,7 +130,10 @@ def wanted_rows(experiment: Experiment, storage: Storage, artifact: Artifact) ->
             )
             at += table.num_rows
 
-    keys = np.concatenate([np.zeros(0, "S16"), *(pack(t["row_key"]) for t in read(["row_key"]))])
+    keys, at = np.empty(len(ranks), "S16"), 0
+    for table in read(["row_key"]):
+        keys[at : at + table.num_rows] = pack(table["row_key"])
+        at += table.num_rows
     return Wanted(keys, ranks, read)
 
 

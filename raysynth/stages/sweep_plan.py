@@ -29,7 +29,7 @@ from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.settle import read_settled
-from raysynth.synth.wanted import held_by, pack
+from raysynth.synth.wanted import pack
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
@@ -147,7 +147,7 @@ def _work(p: Pipeline, wanted: np.ndarray) -> SetWork:
     e, left, settled = p.experiment, len(wanted), None
     if p.generator.complete:
         settled = read_settled(p.synthetic_set)
-        left -= int(held_by(wanted, Ledger(p.synthetic_set).committed()).sum())
+        left -= int(Ledger(p.synthetic_set).committed(wanted).sum())
     s = e.sampling
     words = p.generator.path.rpartition("/")[2]
     words += f", {s.sampler} {s.steps} steps, guidance {s.guidance_scale:g}" if e.generator.kind == "ddpm" else ""

@@ -32,7 +32,7 @@ from raysynth.core.storage import Storage
 from raysynth.data.labels import check_policy
 from raysynth.data.training_sets import Chosen, choose
 from raysynth.stages.adoption import Seen, seen_by_generator
-from raysynth.stages.generate import load_index
+from raysynth.stages.generated import load_index
 from raysynth.stages.plan import load_plan, plan_artifact
 from raysynth.stages.views import build_synthetic_view, build_view
 

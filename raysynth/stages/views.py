@@ -30,7 +30,7 @@ from raysynth.core.schemas import ATTRIBUTE, LABEL, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.images import decode_png, to_size
 from raysynth.data.views import CHUNKS, INDEX, View, npy_bytes
-from raysynth.stages.generate import load_index, synthetic_set_of
+from raysynth.stages.generated import load_index, synthetic_set_of
 
 STAGE = "view"
 STAGE_VERSION = 2

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from raysynth.core.schemas import LABEL
 from raysynth.synth.ledger import Ledger
-from raysynth.synth.wanted import Wanted, held_by
+from raysynth.synth.wanted import Wanted
 
 SOURCE = "source_image_id"
 
@@ -63,7 +63,7 @@ def growth(ledger: Ledger, wanted: Wanted, absent: np.ndarray) -> Growth:
     """Why the rows `absent` (N,) bool of `wanted` are missing."""
     if not len(ledger.keys):
         return Growth(first=True)
-    again = absent & held_by(wanted.keys, ledger.keys)
+    again = absent & ledger.known(wanted.keys)
     fresh = absent & ~again
     present: set[str] = set()
     count: Counter[str | None] = Counter()
@@ -96,8 +96,7 @@ def growth(ledger: Ledger, wanted: Wanted, absent: np.ndarray) -> Growth:
 
 def unwanted(ledger: Ledger, wanted: Wanted) -> int:
     """Rows of the set, committed or frozen, that this plan does not want."""
-    there = np.unique(ledger.frozen())
-    return len(there) - int(held_by(wanted.keys, there).sum())
+    return ledger.rows() - int(ledger.frozen(wanted.keys).sum())
 
 
 def _classes(rows: pa.Table) -> Iterator[str]:

@@ -7,7 +7,7 @@ lost. Knows nothing of plans, and reads no image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from raysynth.synth.sets import SyntheticSet, Wave
-from raysynth.synth.wanted import Wanted, held_by, unpack
+from raysynth.synth.wanted import CHUNK, Wanted, unpack
 
 ABSENT, FAILED, REJECTED, OK = 0, 1, 2, 3
 STATUSES = ("absent", "failed", "rejected", "ok")
@@ -61,15 +61,18 @@ class Ledger:
         self.waves = waves
         if not new:
             return self
-        lengths = [n for wave in waves for n in wave.shard_rows]
-        self.starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        before = np.empty_like(self.keys)
-        before[self.order] = self.keys
-        parts = [part for wave in new for part in self.store.wave_keys(wave)]
-        whole = np.concatenate([before, *(keys for keys, _ in parts)])
-        self.attempts = np.concatenate([self.attempts, *(tries for _, tries in parts)])
+        lengths = np.array([n for wave in waves for n in wave.shard_rows], np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        whole, attempts = np.empty(self.starts[-1], "S16"), np.empty(self.starts[-1], np.int8)
+        whole[self.order], attempts[: len(self.attempts)] = self.keys, self.attempts
+        at = len(self.keys)
+        for wave in new:
+            for keys, tries in self.store.wave_keys(wave):
+                whole[at : at + len(keys)], attempts[at : at + len(keys)] = keys, tries
+                at += len(keys)
         self.order = np.argsort(whole, kind="stable").astype(np.int32)
-        self.keys = whole[self.order]
+        self.keys, self.attempts = whole[self.order], attempts
+        pa.default_memory_pool().release_unused()  # Arrow would keep what reading the waves took
         return self
 
     @property
@@ -82,30 +85,65 @@ class Ledger:
         return (np.searchsorted(self.starts, position, side="right") - 1).astype(np.int32)
 
     def _flags(self, shards: Iterable[int]) -> np.ndarray:
-        """(rows,) bool: the row at each position is in one of the shards."""
+        """(shards,) bool: which shards are among these."""
         flags = np.zeros(self.shards, bool)
         flags[[s for s in shards if s < self.shards]] = True
-        return np.repeat(flags, np.diff(self.starts))
+        return flags
 
-    def frozen(self) -> np.ndarray:
-        """Keys, sorted, of every row that is committed or waits in a frozen shard."""
-        return self.keys[~self._flags(self.void)[self.order]] if self.void else self.keys
+    def _each(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Where keys are: (indices into `keys`, positions), oldest first where a key is in several waves.
 
-    def committed(self) -> np.ndarray:
-        """Keys, sorted, of the rows of done shards."""
-        return self.keys[self._flags(self.done)[self.order]]
+        A piece at a time: whatever is as long as the set is memory of the driver.
+        """
+        for start in range(0, len(keys), CHUNK):
+            some = keys[start : start + CHUNK]
+            inside = np.arange(len(some))
+            at = np.searchsorted(self.keys, some)
+            while len(inside):
+                there = at < len(self.keys)
+                inside, at = inside[there], at[there]
+                same = self.keys[at] == some[inside]
+                inside, at = inside[same], at[same]
+                yield start + inside, self.order[at]
+                at = at + 1
 
-    def waiting(self) -> np.ndarray:
-        """Keys, sorted, of the rows of shards that are frozen and not done."""
-        return self.keys[~self._flags(self.done | self.void)[self.order]]
+    def _in(self, keys: np.ndarray, shards: np.ndarray) -> np.ndarray:
+        found = np.zeros(len(keys), bool)
+        for i, position in self._each(keys):
+            found[i] |= shards[self.shard_of(position)]
+        return found
+
+    def known(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (N,) are in any wave: (N,) bool."""
+        return self._in(keys, np.ones(self.shards, bool))
+
+    def frozen(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (N,) are committed or wait in a frozen shard: (N,) bool."""
+        return self._in(keys, ~self._flags(self.void))
+
+    def committed(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (N,) are in done shards: (N,) bool."""
+        return self._in(keys, self._flags(self.done))
+
+    def waiting(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (N,) are in shards that are frozen and not done: (N,) bool."""
+        return self._in(keys, ~self._flags(self.done | self.void))
+
+    def rows(self) -> int:
+        """Distinct rows that are committed or wait in a frozen shard."""
+        counts = np.repeat(~self._flags(self.void), np.diff(self.starts))[self.order]
+        first = np.flatnonzero(np.concatenate([[True], self.keys[1:] != self.keys[:-1]])[: len(self.keys)])
+        return int(np.logical_or.reduceat(counts, first).sum()) if len(first) else 0
 
     def pending(self, wanted: Wanted) -> list[tuple[Wave, int]]:
         """Frozen shards without a marker that hold a wanted row, oldest first."""
-        if len(self.done | self.void) >= self.shards:
+        left = ~self._flags(self.done | self.void)
+        if not left.any():
             return []
-        left = np.flatnonzero(~self._flags(self.done | self.void)[self.order])
-        mine = left[held_by(self.keys[left], np.sort(wanted.keys))]
-        shards = set(self.shard_of(np.unique(self.order[mine])).tolist())
+        hit = np.zeros(self.shards, bool)
+        for _, position in self._each(wanted.keys):
+            hit[self.shard_of(position)] = True
+        shards = set(np.flatnonzero(hit & left).tolist())
         return [(wave, shard) for wave in self.waves for shard in wave.shards if shard in shards]
 
     def statuses(self, markers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
@@ -114,7 +152,7 @@ class Ledger:
         Args:
             markers: of every done shard.
         """
-        found = np.where(self._flags(markers), OK, ABSENT).astype(np.int8)
+        found = np.repeat(self._flags(markers).astype(np.int8) * np.int8(OK), np.diff(self.starts))
         for shard, marker in markers.items():
             for code, name in ((FAILED, "failed"), (REJECTED, "rejected")):
                 for place in marker[name]:
@@ -123,17 +161,17 @@ class Ledger:
 
     def find(self, keys: np.ndarray, statuses: np.ndarray) -> Places:
         """The record that counts of each key: ok if it is ok in any wave, otherwise the latest."""
-        left, right = (np.searchsorted(self.keys, keys, side=s).astype(np.int32) for s in ("left", "right"))
         position = np.full(len(keys), -1, np.int32)
         status = np.zeros(len(keys), np.int8)
-        for k in range(int((right - left).max(initial=0))):
-            inside = np.flatnonzero(left + k < right)
-            at = self.order[left[inside] + k]
+        for i, at in self._each(keys):
             new = statuses[at]
-            better = (new > ABSENT) & ((new == OK) | (status[inside] != OK))
-            position[inside[better]], status[inside[better]] = at[better], new[better]
-        shard = self.shard_of(position)
-        place = (position - self.starts[np.maximum(shard, 0)]).astype(np.int32)
+            better = (new > ABSENT) & ((new == OK) | (status[i] != OK))
+            position[i[better]], status[i[better]] = at[better], new[better]
+        shard, place = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
+        for at in range(0, len(keys), CHUNK):
+            piece = slice(at, at + CHUNK)
+            shard[piece] = self.shard_of(position[piece])
+            place[piece] = position[piece] - self.starts[np.maximum(shard[piece], 0)]
         attempt = self.attempts[position] if len(self.attempts) else np.zeros(len(keys), np.int8)
         return Places(position, shard, place, attempt, status)
 

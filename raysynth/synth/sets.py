@@ -4,7 +4,7 @@
       set.json                     what makes pixels: weights, sampler, steps, guidance, seed, render version
       render.json                  micro-batch, device, versions: byte equality is promised under one of these
       waves/00000.json             which rows, cut into which shards; created if absent, never changed
-      waves/rows-<sha12>.parquet   the rows, in rendering order, up to 65,536 a file
+      waves/rows-<sha12>.parquet   the rows, in rendering order, up to 16,384 a file
       attempts/00012/0.json ...    who began to render shard 12 (see `attempts.py`)
       parts/00012-<sha12>.parquet  images; the name is the content
       done/00012.json              the marker that makes a part part of the set

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-CHUNK = 65_536
+CHUNK = 16_384
 """Rows that are held at once where a whole plan is gone through."""
 DIGITS = 32
 DIGIT_OF = np.frombuffer(b"0123456789abcdef", np.uint8)
@@ -82,7 +82,7 @@ class Wanted:
         """The rows where `mask` (N,) is true, in order, up to `CHUNK` at a time."""
         waiting: list[pa.Table] = []
         at = held = 0
-        for table in self.read():
+        for table in self.read() if mask.any() else ():
             for start in range(0, table.num_rows, CHUNK):
                 piece = table.slice(start, CHUNK)
                 piece = piece.filter(pa.array(mask[at : at + piece.num_rows]))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from raysynth.core.errors import EnvironmentFault
 from raysynth.synth.ledger import FAILED, Ledger
 from raysynth.synth.sets import Wave
-from raysynth.synth.wanted import Wanted, held_by
+from raysynth.synth.wanted import Wanted
 
 SHARDS_A_WORKER = 20  # so that the last shard of a run costs a twentieth of it at most
 
@@ -64,9 +64,9 @@ def missing(ledger: Ledger, wanted: Wanted, retry_failed: bool = False) -> np.nd
     Args:
         retry_failed: rows recorded as failed are missing too, unless they wait in a frozen shard already.
     """
-    absent = ~held_by(wanted.keys, ledger.frozen())
+    absent = ~ledger.frozen(wanted.keys)
     if retry_failed:
-        absent |= failed_keys(ledger, wanted) & ~held_by(wanted.keys, ledger.waiting())
+        absent |= failed_keys(ledger, wanted) & ~ledger.waiting(wanted.keys)
     return absent
 
 

@@ -10,7 +10,7 @@ from raysynth.core.config import build_experiment
 from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import open_storage
 from raysynth.report import write_contact_sheet, write_report
-from raysynth.stages.generate import load_index
+from raysynth.stages.generated import load_index
 from raysynth.stages.overview import show_dry_run, verify_set
 from raysynth.stages.pipeline import Pipeline, stages_of
 from raysynth.stages.status import show_status

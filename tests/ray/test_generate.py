@@ -18,7 +18,8 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import synthetic_schema
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages.cluster import Resources
-from raysynth.stages.generate import generate, load_index, make_renderer, read_images, synthetic_set
+from raysynth.stages.generate import generate, make_renderer, synthetic_set
+from raysynth.stages.generated import load_index, read_images
 from raysynth.stages.plan import plan, wanted_rows
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import verify

@@ -93,7 +93,8 @@ def test_compute_is_in_no_stages_identity(tmp_path: Path) -> None:
     changed = {}
     for f in dataclasses.fields(Compute):
         value = getattr(e.compute, f.name)
-        changed[f.name] = "x" if value is None or isinstance(value, str) else value + 1
+        text = value is None or isinstance(value, str)
+        changed[f.name] = {"a": "b"} if isinstance(value, dict) else "x" if text else value + 1
     other = dataclasses.replace(e, compute=Compute(**changed))
     assert plan_artifact(other, storage, images).path == plan_artifact(e, storage, images).path
 

@@ -12,7 +12,7 @@ from raysynth.core.storage import open_storage
 from raysynth.stages.generate import fixed, synthetic_set
 from raysynth.synth.sets import SyntheticSet
 
-GENERATOR: Any = SimpleNamespace(run_info=lambda: {"outputs": {"export/condition.json": "d"}})
+GENERATOR: Any = SimpleNamespace(digest=lambda: "d", run_info=lambda: {"outputs": {"export/condition.json": "d"}})
 
 
 def test_threads_and_compilation_are_render_jsons(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from raysynth.core.config import build_experiment
 from raysynth.core.lease import Lease
 from raysynth.core.schemas import to_parquet
 from raysynth.core.storage import LocalStorage
-from raysynth.stages.generate import failed_rows
+from raysynth.stages.generated import failed_rows
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import plan, wanted_rows
 from raysynth.stages.status import SetStatus, Status

@@ -91,8 +91,11 @@ def test_the_ledger_says_where_every_row_is(tmp_path: Path) -> None:
     more = wanted_rows(replicas=4)
     assert (ledger.find(more.keys, ledger.statuses(markers)).status == ABSENT).sum() == 12
     assert sum(wave.shard_rows[s - wave.first_shard] for wave, s in ledger.pending(more)) == 12
-    assert held_by(more.keys, ledger.frozen()).all()
-    assert held_by(more.keys, ledger.committed()).sum() == 36
+    assert ledger.frozen(more.keys).all()
+    assert ledger.committed(more.keys).sum() == 36
+    assert ledger.waiting(more.keys).sum() == 12
+    assert ledger.known(wanted_rows(replicas=5).keys).sum() == 48
+    assert ledger.rows() == 48
     assert ledger.duplicates(ledger.statuses(markers)).size == 0
     table = rows_of(store)
     assert sorted(table["row_key"]) == sorted(keys)
