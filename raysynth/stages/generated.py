@@ -1,4 +1,4 @@
-"""What a generate artifact says: where each of its rows is (`rows/00000.parquet` and so on, 16,384 rows a file: row_key,
+"""What a generate artifact says: where each of its rows is (`rows/00000.parquet` and so on, 16,384 rows a file: its key,
 rank, shard, place, attempt, part, status, reason) and which failed (`failed.parquet`: the plan's row and why).
 
 Written by `generate`, read by whatever uses synthetic images. Starts no Ray.
