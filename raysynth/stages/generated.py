@@ -1,5 +1,7 @@
-"""What a generate artifact says: where each of its rows is (`rows/00000.parquet` and so on, 16,384 rows a file: its key,
-rank, shard, place, attempt, part, status, reason) and which failed (`failed.parquet`: the plan's row and why).
+"""What a generate artifact says: where each row is, and which failed.
+
+`rows/00000.parquet` and so on hold 16,384 rows each (key, rank, shard, place, attempt, part, status, reason),
+`failed.parquet` the plan's row and why.
 
 Written by `generate`, read by whatever uses synthetic images. Starts no Ray.
 """

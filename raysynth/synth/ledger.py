@@ -168,10 +168,10 @@ class Ledger:
             better = (new > ABSENT) & ((new == OK) | (status[i] != OK))
             position[i[better]], status[i[better]] = at[better], new[better]
         shard, place = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
-        for at in range(0, len(keys), CHUNK):
-            piece = slice(at, at + CHUNK)
-            shard[piece] = self.shard_of(position[piece])
-            place[piece] = position[piece] - self.starts[np.maximum(shard[piece], 0)]
+        for start in range(0, len(keys), CHUNK):
+            piece = slice(start, start + CHUNK)
+            of = self.shard_of(position[piece])
+            shard[piece], place[piece] = of, position[piece] - self.starts[np.maximum(of, 0)]
         attempt = self.attempts[position] if len(self.attempts) else np.zeros(len(keys), np.int8)
         return Places(position, shard, place, attempt, status)
 
