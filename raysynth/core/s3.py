@@ -27,7 +27,11 @@ def _session() -> Any:
     from aiobotocore.session import AioSession
     from botocore.handlers import add_expect_header
 
-    session = AioSession()
+    class Session(AioSession):
+        def __reduce__(self) -> tuple:
+            return _session, ()  # Ray Train sends its file system to other processes, and botocore's state cannot go
+
+    session = Session()
     # aiohttp waits without limit for the `100 Continue` that botocore asks for with every put: a store that goes
     # silent just then would hold a worker for ever. Without it the read time-out holds, and a put is a trip shorter.
     session.unregister("before-call.s3", add_expect_header)

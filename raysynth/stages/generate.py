@@ -237,7 +237,7 @@ def conclude(
             f"{compute.max_failed_fraction:.2%}. See {artifact.file('failed.parquet')}; `--retry-failed` renders "
             "them once more."
         )
-    seconds = sum(markers[s]["render_seconds"] for s in np.unique(places.shard).tolist())
+    seconds = sum(markers[s]["render_seconds"] for s in places.shards())
     render_json = store.get_json("render.json")
     on_gpu = bool(render_json and render_json["facts"].get("cuda"))
     gpu_seconds = seconds * (compute.gpus_per_renderer if on_gpu else 0.0)

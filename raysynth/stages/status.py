@@ -10,7 +10,6 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -55,7 +54,7 @@ class SetStatus:
         self.markers |= self.store.markers(done - self.markers.keys())
         places = self.ledger.find(self.wanted.keys, self.ledger.statuses(self.markers))
         there = places.status > ABSENT
-        self._sum(set(np.unique(places.shard[there]).tolist()))
+        self._sum(set(places.shards()))
         compute = self.pipeline.experiment.compute
         return Rendering(
             self.pipeline.generated.path, len(self.wanted), int(there.sum()),

@@ -8,7 +8,7 @@ lost. Knows nothing of plans, and reads no image.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,38 @@ STATUSES = ("absent", "failed", "rejected", "ok")
 
 @dataclass(frozen=True)
 class Places:
-    """Where each of some keys is: arrays (N,); `position` is -1 and `status` ABSENT where no done shard has it."""
+    """Where each of some keys is: five bytes a key; shard, place and attempt follow from them when asked for."""
 
+    ledger: Ledger
     position: np.ndarray
-    shard: np.ndarray
-    place: np.ndarray
-    attempt: np.ndarray
+    """(N,) int32; -1 where no done shard has the key."""
     status: np.ndarray
+    """(N,) int8; ABSENT where no done shard has the key."""
 
     def __getitem__(self, some: slice | np.ndarray) -> Places:
-        return Places(*(getattr(self, f.name)[some] for f in fields(self)))
+        return Places(self.ledger, self.position[some], self.status[some])
+
+    @property
+    def shard(self) -> np.ndarray:
+        """(N,) int32; -1 where there is none."""
+        return self.ledger.shard_of(self.position)
+
+    @property
+    def place(self) -> np.ndarray:
+        """(N,) int32 place within the shard; meaningless where there is none."""
+        return (self.position - self.ledger.starts[np.maximum(self.shard, 0)]).astype(np.int32)
+
+    @property
+    def attempt(self) -> np.ndarray:
+        """(N,) int32; meaningless where there is no place."""
+        return self.ledger.attempts[self.position].astype(np.int32)
+
+    def shards(self) -> list[int]:
+        """The shards that hold any of the keys, ascending."""
+        found = np.zeros(self.ledger.shards + 1, bool)  # one more, for -1
+        for start in range(0, len(self.position), CHUNK):
+            found[self[start : start + CHUNK].shard] = True
+        return np.flatnonzero(found[:-1]).tolist()
 
 
 class Ledger:
@@ -167,13 +189,7 @@ class Ledger:
             new = statuses[at]
             better = (new > ABSENT) & ((new == OK) | (status[i] != OK))
             position[i[better]], status[i[better]] = at[better], new[better]
-        shard, place = np.empty(len(keys), np.int32), np.empty(len(keys), np.int32)
-        for start in range(0, len(keys), CHUNK):
-            piece = slice(start, start + CHUNK)
-            of = self.shard_of(position[piece])
-            shard[piece], place[piece] = of, position[piece] - self.starts[np.maximum(of, 0)]
-        attempt = self.attempts[position] if len(self.attempts) else np.zeros(len(keys), np.int8)
-        return Places(position, shard, place, attempt, status)
+        return Places(self, position, status)
 
     def duplicates(self, statuses: np.ndarray) -> np.ndarray:
         """Keys with more than one ok image."""
@@ -183,16 +199,16 @@ class Ledger:
 
 def rows_table(keys: np.ndarray, places: Places, markers: Mapping[int, Mapping[str, Any]]) -> pa.Table:
     """`row_key, shard, place, attempt, part, status, reason` of keys (N,) and their places."""
-    shards, of = np.unique(places.shard, return_inverse=True)
+    shard, place = places.shard, places.place
+    shards, of = np.unique(shard, return_inverse=True)
     parts = pa.array([markers[s]["part"] if s in markers else None for s in shards.tolist()], pa.string())
     reasons = [None] * len(keys)
     for i in np.flatnonzero((places.status == FAILED) | (places.status == REJECTED)).tolist():
-        marker = markers[int(places.shard[i])]
-        reasons[i] = marker[STATUSES[places.status[i]]][str(places.place[i])]
+        reasons[i] = markers[int(shard[i])][STATUSES[places.status[i]]][str(place[i])]
     return pa.table({
-        "row_key": unpack(keys), "shard": places.shard, "place": places.place,
-        "attempt": places.attempt.astype(np.int32), "part": parts.take(pa.array(of)),
-        "status": pa.array(STATUSES).take(pa.array(places.status)), "reason": pa.array(reasons, pa.string()),
+        "row_key": unpack(keys), "shard": shard, "place": place, "attempt": places.attempt,
+        "part": parts.take(pa.array(of)), "status": pa.array(STATUSES).take(pa.array(places.status)),
+        "reason": pa.array(reasons, pa.string()),
     })  # fmt: skip
 
 

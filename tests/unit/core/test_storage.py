@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ray import cloudpickle
 
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.storage import open_storage
@@ -53,6 +56,18 @@ def test_storage_pickles(any_root: str) -> None:
     s = open_storage(any_root)
     s.put("f", b"1")
     assert pickle.loads(pickle.dumps(s)).get("f") == b"1"  # noqa: S301 - our own bytes, as Ray ships them
+
+
+def test_what_ray_train_is_given_goes_to_other_processes(s3_root: str) -> None:
+    s = open_storage(s3_root)
+    s.put("f", b"1")
+    path = s.root.removeprefix("s3://") + "/f"
+    assert not s.exists("g")  # the connection has been used, and has met an error
+    read = "import pickle, sys; fs, path = pickle.load(sys.stdin.buffer); print(fs.cat_file(path))"
+    done = subprocess.run(
+        [sys.executable, "-c", read], input=cloudpickle.dumps((s.fs, path)), capture_output=True, check=True
+    )
+    assert done.stdout.strip() == b"b'1'"
 
 
 def test_probe_leaves_nothing(any_root: str) -> None:
