@@ -26,7 +26,7 @@ from raysynth.data.plans import selection
 from raysynth.stages.cluster import Resources
 from raysynth.stages.external import by_location, listing_data, reading, set_identity
 from raysynth.stages.generated import put_rows
-from raysynth.stages.live import Rendering, RenderView
+from raysynth.stages.live import Rendering, RenderView, gpus_of_worker
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
 from raysynth.stages.telemetry import RenderMetrics
@@ -238,14 +238,13 @@ def conclude(
             "them once more."
         )
     seconds = sum(markers[s]["render_seconds"] for s in places.shards())
-    render_json = store.get_json("render.json")
-    on_gpu = bool(render_json and render_json["facts"].get("cuda"))
-    gpu_seconds = seconds * (compute.gpus_per_renderer if on_gpu else 0.0)
+    gpu_seconds = seconds * gpus_of_worker(read_settled(store), compute)
     price = compute.price_per_gpu_hour
     cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None
     artifact.commit(
-        counts, gpu_seconds=gpu_seconds, synthetic_set=store.path, generator=generator.path, render=render_json,
-        cost=cost, render_seconds=round(seconds, 3), this_run={k: round(v, 3) for k, v in sums.items()},
+        counts, gpu_seconds=gpu_seconds, cost=cost, synthetic_set=store.path, generator=generator.path,
+        render=store.get_json("render.json"), render_seconds=round(seconds, 3),
+        this_run={k: round(v, 3) for k, v in sums.items()},
     )  # fmt: skip
     rate = f", {len(wanted) / seconds:.1f} images/s a worker" if seconds else ""
     say(f"generate: {counts['ok']:,} ok, {counts['failed']:,} failed in {duration(seconds)} of rendering{rate}; "

@@ -22,8 +22,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raysynth.core.experiment import Compute
 from raysynth.core.progress import console, duration, say
 from raysynth.stages.telemetry import BEAT_S, RenderMetrics
+from raysynth.synth.settle import Settled
 from raysynth.synth.throughput import Throughput
 
 REDRAWN_A_SECOND = 2
@@ -32,6 +34,11 @@ BAR = 20
 """Columns of an actor's busy bar."""
 WIDE, NARROW = 100, 60
 """Columns of a terminal that has room for the bars; of one that is too narrow for counts and times of actors."""
+
+
+def gpus_of_worker(settled: Settled | None, compute: Compute) -> float:
+    """GPUs that one actor of a set holds: 0 where CPUs render it, or where nothing is known yet."""
+    return compute.gpus_per_renderer if settled and settled.on_gpu else 0.0
 
 
 @dataclass

@@ -8,9 +8,10 @@ from raysynth.core.errors import GateFailed
 from raysynth.core.identity import plain
 from raysynth.core.progress import Progress, console, say
 from raysynth.stages.housekeeping import artifacts_of_set
+from raysynth.stages.live import gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
 from raysynth.stages.plan import wanted_rows
-from raysynth.stages.status import artifacts_table, gpus_of_worker
+from raysynth.stages.status import artifacts_table
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.settle import read_settled

@@ -16,21 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.core.experiment import Compute
 from raysynth.core.lease import holder_of
 from raysynth.core.progress import console, say
-from raysynth.stages.live import Picture, Rendering
+from raysynth.stages.live import Picture, Rendering, gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.sweep import find_trials
 from raysynth.synth.ledger import ABSENT, FAILED, REJECTED, Ledger
-from raysynth.synth.settle import Settled, read_settled
+from raysynth.synth.settle import read_settled
 from raysynth.synth.throughput import Throughput
-
-
-def gpus_of_worker(settled: Settled | None, compute: Compute) -> float:
-    """GPUs that one actor of a set holds: 0 where CPUs render it, or where nothing is known yet."""
-    return compute.gpus_per_renderer if settled and settled.on_gpu else 0.0
 
 
 class SetStatus:

@@ -96,7 +96,7 @@ def repair_a_corrupt_shard(root: str) -> None:
     words = [str(Path(raysynth_package.__file__).parent / "quickstart.yaml"), f"root={root}", *SHORT]
     store = Pipeline(load_experiment(words[0], words[1:])).synthetic_set
     status = raysynth("status", *words)
-    assert "1,000/1,000 committed" in status
+    assert "1,000/1,000 images" in status
     assert "trials: 16/16 trained" in status
     assert "clean" in raysynth("verify", *words)
     shard = max(store.done())

@@ -151,6 +151,7 @@ class Run:
             node = self.chance.choice(self.ground.nodes)
             self._count(self.ground.workers([node]))
             self.ground.lose_a_node(node)
+            self.ground.add_a_node()
             return True
         victims = self.ground.actors() if who == "actor" else list(self.ground.workers())
         if not victims:

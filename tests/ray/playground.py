@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,13 @@ GCS = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "h
 
 
 class Playground:
-    """A cluster whose nodes may be killed; its head runs no renderer."""
+    """A cluster whose nodes come and go; its head runs no renderer.
 
-    def __init__(self) -> None:
+    Args:
+        nodes: what each node has, as `ray.cluster_utils.Cluster.add_node` takes it; two of one CPU unless given.
+    """
+
+    def __init__(self, nodes: Sequence[Mapping[str, Any]] = ({}, {})) -> None:
         for key, value in ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         from ray.cluster_utils import Cluster
@@ -34,8 +38,15 @@ class Playground:
         self.place = tempfile.mkdtemp(prefix="rc", dir="/tmp")
         head = NODE | {"num_cpus": 0, "temp_dir": self.place, "_system_config": GCS}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(**NODE) for _ in "ab"]
+        self.nodes: list[Any] = []
+        for node in nodes:
+            self.add_a_node(**node)
         self.cluster.wait_for_nodes()
+
+    def add_a_node(self, **has: Any) -> Any:
+        """A node joins: one CPU unless said otherwise."""
+        self.nodes.append(self.cluster.add_node(**NODE | has))
+        return self.nodes[-1]
 
     def workers(self, nodes: list[Any] | None = None) -> Iterator[psutil.Process]:
         """Ray worker processes, idle or not, on some nodes or on all."""
@@ -46,15 +57,14 @@ class Playground:
                     if title(process).startswith("ray::") and "Agent" not in title(process):
                         yield process
 
-    def actors(self) -> list[psutil.Process]:
+    def actors(self, nodes: list[Any] | None = None) -> list[psutil.Process]:
         """The render actors, also while they start."""
-        return [p for p in self.workers() if "Render" in title(p)]
+        return [p for p in self.workers(nodes) if "Render" in title(p)]
 
     def lose_a_node(self, node: Any) -> None:
-        """Kills a node at once; another one joins."""
+        """Kills a node at once."""
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.remove(node)
-        self.nodes.append(self.cluster.add_node(**NODE))
 
     def close(self) -> None:
         """Ends every process of the cluster."""

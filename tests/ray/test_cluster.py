@@ -199,6 +199,9 @@ def test_prometheus_grafana_and_the_dashboards_names(head: Head, tmp_path: Path)
     for name in ("node_gpus_utilization", "node_gram_used"):
         seen[f"ray_{name}"] = [dict.fromkeys(map(str, METRICS_GAUGES[name].view.columns), "")]
     board = (REPOSITORY / "cluster" / "grafana" / "raysynth.json").read_text()
+    panels = json.loads(board)["panels"]
+    assert sorted(p["id"] for p in panels) == list(range(1, len(panels) + 1))
+    assert {p["datasource"]["uid"] for p in panels} == {"${datasource}"}
     for name, value in {"$set": ".*", "$window": "5m", "$price": "2.5"}.items():
         board = board.replace(name, value)
     asked = [used(promql_parser.parse(t["expr"])) for p in json.loads(board)["panels"] for t in p["targets"]]
