@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -91,7 +92,7 @@ def main() -> None:
 
     ray.init(
         address="local", num_cpus=a.actors + 4, num_gpus=a.actors if a.gpus else 0, include_dashboard=False,
-        logging_level="error", log_to_driver=False, object_store_memory=256 << 20,
+        logging_level=logging.ERROR, log_to_driver=False, object_store_memory=256 << 20,
         _temp_dir=tempfile.mkdtemp(prefix="rb", dir="/tmp"),
     )  # fmt: skip
     cluster.quiet_data_context()
@@ -99,11 +100,12 @@ def main() -> None:
     for i in range(a.repeats):
         runs.append(measure(a))
         print(f"{i + 1}: " + ", ".join(f"{k} {v:.3f}" for k, v in runs[-1].items()), flush=True)
+    medians = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
     result = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores", "arguments": vars(a) | {"out": None},
-        "runs": runs, "median": {k: statistics.median(r[k] for r in runs) for k in runs[0]},
+        "runs": runs, "median": medians,
     }  # fmt: skip
-    print(f"busy share {result['median']['busy']:.3f}, tail {result['median']['tail_s']:.1f} s")
+    print(f"busy share {medians['busy']:.3f}, tail {medians['tail_s']:.1f} s")
     if a.out:
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
 

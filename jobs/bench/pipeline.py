@@ -176,10 +176,9 @@ def main() -> None:
         for name in a.only:
             result[name] = tables[name]()
             print(f"\n{name}")
-            for key, value in result[name].items():
-                if isinstance(value, dict) and "seconds" in value:
-                    value = {k: v for k, v in value.items() if k != "seconds"}
-                print(f"  {key:40} {value}", flush=True)
+            for key, found in result[name].items():
+                shown = {k: v for k, v in found.items() if k != "seconds"} if isinstance(found, dict) else found
+                print(f"  {key:40} {shown}", flush=True)
     if a.out:
         Path(a.out).write_text(json.dumps(result, indent=1) + "\n")
 

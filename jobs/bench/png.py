@@ -71,7 +71,7 @@ def main() -> None:
                 encode_png(picture, level, strategy)
             spent[name].append(1000 * (time.process_time() - began) / len(these))
     sizes = {k: sum(len(encode_png(p, level, s)) for p in these) / len(these) for k, (these, level, s) in tried.items()}
-    result = {
+    result: dict[str, Any] = {
         "hardware": f"{platform.machine()}, {os.cpu_count()} CPU cores", "clock": "CPU time, 1 thread",
         "load_average": round(os.getloadavg()[0], 2), "pillow": PIL.__version__, "zlib": features.version("zlib"),
         "zlib_ng": features.version("zlib_ng"), "pictures": len(shown), "of": Path(a.images).name or "scikit-learn",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,8 @@ def do_render(root: str, rows: int, shard_rows: int, workers: int) -> dict[str, 
     from tests.engine import synthetic_set
 
     ray.init(
-        address="local", num_cpus=workers + 2, include_dashboard=False, logging_level="error", log_to_driver=False,
-        object_store_memory=256 << 20, _temp_dir=tempfile.mkdtemp(prefix="rb", dir="/tmp"),
+        address="local", num_cpus=workers + 2, include_dashboard=False, logging_level=logging.ERROR,
+        log_to_driver=False, object_store_memory=256 << 20, _temp_dir=tempfile.mkdtemp(prefix="rb", dir="/tmp"),
     )  # fmt: skip
     cluster.quiet_data_context()
     up = time.time()
@@ -107,7 +109,7 @@ def do_render(root: str, rows: int, shard_rows: int, workers: int) -> dict[str, 
     }  # fmt: skip
 
 
-def in_process(stage: str, *words: object, kill_when: Any = None) -> dict[str, Any]:
+def in_process(stage: str, *words: object, kill_when: Callable[[], bool] | None = None) -> dict[str, Any]:
     """Runs one stage in a fresh interpreter; its result, or nothing where it was killed."""
     process = subprocess.Popen(
         [sys.executable, __file__, "--stage", stage, *map(str, words)], stdout=subprocess.PIPE, text=True
@@ -126,17 +128,14 @@ def measure(rows: int, a: argparse.Namespace) -> dict[str, Any]:
     """Every figure at one size."""
     with tempfile.TemporaryDirectory(dir=a.dir or None) as root:
         found = in_process("plan", root, rows)
-        kill = None
-        if a.kill_at:
-            parts = Path(root) / "synthetic-sets"
-            enough = a.kill_at * rows / a.shard_rows
+        sets, enough = Path(root) / "synthetic-sets", a.kill_at * rows / a.shard_rows
 
-            def kill() -> bool:
-                return sum(len(os.listdir(d)) for d in parts.glob("*/done")) >= enough
+        def far() -> bool:
+            return sum(len(os.listdir(d)) for d in sets.glob("*/done")) >= enough
 
-        run = in_process("render", root, rows, a.shard_rows, a.workers, kill_when=kill)
+        run = in_process("render", root, rows, a.shard_rows, a.workers, kill_when=far if a.kill_at else None)
         found |= run
-        if kill and not run:
+        if a.kill_at and not run:
             time.sleep(3)  # the dead driver's actors end
             resumed = in_process("render", root, rows, a.shard_rows, a.workers)
             found |= {f"resumed_{k}": v for k, v in resumed.items()}
@@ -146,8 +145,8 @@ def measure(rows: int, a: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     if sys.argv[1:2] == ["--stage"]:
         stage, root, *numbers = sys.argv[2:]
-        result = {"plan": do_plan, "render": do_render}[stage](root, *map(int, numbers))
-        print(json.dumps(result), flush=True)
+        stages: dict[str, Callable[..., dict[str, Any]]] = {"plan": do_plan, "render": do_render}
+        print(json.dumps(stages[stage](root, *map(int, numbers))), flush=True)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])

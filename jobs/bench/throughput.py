@@ -20,6 +20,9 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from raysynth.core.config import build_experiment, resolved
 from raysynth.core.experiment import Compute, Experiment, Sampling
@@ -27,8 +30,9 @@ from raysynth.core.storage import open_storage
 from raysynth.data.plans import build_plan
 from raysynth.stages import cluster
 from raysynth.stages.generate import render
-from raysynth.synth.renderer import RENDER_VERSION, Row, noise_seed, to_uint8
+from raysynth.synth.renderer import RENDER_VERSION, Renderer, Row, noise_seed, to_uint8
 from raysynth.synth.sets import SyntheticSet
+from raysynth.synth.wanted import Wanted
 
 CLASSES = [f"c{i}" for i in range(10)]
 
@@ -58,24 +62,22 @@ def exported(e: Experiment, folder: str) -> None:
     export_generator(folder, e.generator, unet, spec, facts)
 
 
-def plan_rows(n: int) -> object:
+def plan_rows(n: int) -> pa.Table:
     """`n` rows over ten classes."""
-    import pyarrow as pa
-
     table = {"image_id": [f"i{i}" for i in range(n)], "split": ["train"] * n, "patient_id": [f"p{i}" for i in range(n)]}
     labels = {f"label_{c}": pa.array([int(i % 10 == k) for i in range(n)], pa.int8()) for k, c in enumerate(CLASSES)}
     content = {"name": "bench", "data": {"kind": "digits"}, "plan": {"replicas": 1}}
     return build_plan(pa.table({**table, **labels}), build_experiment(content))
 
 
-def make(folder: str, sampling: Sampling, gpu: bool) -> object:
+def make(folder: str, sampling: Sampling, gpu: bool) -> Renderer:
     """The renderer, on one thread of a CPU or on the GPU."""
     from raysynth.synth.ddpm import DDPMRenderer
 
     return DDPMRenderer(folder, sampling, "cuda" if gpu else "cpu", threads=1)
 
 
-def bare(folder: str, sampling: Sampling, gpu: bool, rows: list[Row], micro_batch: int, result: object = None) -> float:
+def bare(folder: str, sampling: Sampling, gpu: bool, rows: list[Row], micro_batch: int, result: Any = None) -> float:
     """Images/s of the plain loop."""
     renderer = make(folder, sampling, gpu)
     renderer.render(rows[:micro_batch], micro_batch)
@@ -102,7 +104,9 @@ def bare_processes(workers: int, *args: object) -> float:
     return sum(rates)
 
 
-def engine(folder: str, e: Experiment, gpu: bool, wanted: object, micro_batch: int, shard_rows: int, workers: int):
+def engine(
+    folder: str, e: Experiment, gpu: bool, wanted: Wanted, micro_batch: int, shard_rows: int, workers: int
+) -> tuple[float, float, float]:
     """(images/s in steady state, seconds from call to the first marker, busy share of the device)."""
     identity = {
         "render_version": RENDER_VERSION, "generator_id": "bench", "seed": 0, "sampler": e.sampling.sampler,
@@ -134,9 +138,9 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     cluster.connect(Compute(address="local"))
     e = experiment(a.size, a.preset, a.steps)
-    wanted = plan_rows(a.rows)
-    keys = wanted.column("row_key").to_pylist()
-    columns = wanted.select([n for n in wanted.column_names if n.startswith("label_")]).to_pylist()
+    table = plan_rows(a.rows)
+    keys = table["row_key"].to_pylist()
+    columns = table.select([n for n in table.column_names if n.startswith("label_")]).to_pylist()
     rows = [Row(k, noise_seed(0, k, 0), c) for k, c in zip(keys, columns)]
     with tempfile.TemporaryDirectory() as folder:
         exported(e, folder)
@@ -144,9 +148,9 @@ def main() -> None:
         for i in range(a.repeats):
             share = rows[: a.rows // a.workers]
             found["bare"].append(bare_processes(a.workers, folder, e.sampling, gpu, share, a.micro_batch))
-            rate, cold, busy = engine(folder, e, gpu, wanted, a.micro_batch, a.shard_rows, a.workers)
-            for key, value in (("engine", rate), ("cold_start_s", cold), ("busy", busy)):
-                found[key].append(value)
+            rate, cold, busy = engine(folder, e, gpu, Wanted.of(table), a.micro_batch, a.shard_rows, a.workers)
+            for key, number in (("engine", rate), ("cold_start_s", cold), ("busy", busy)):
+                found[key].append(number)
             print(f"{i + 1}: bare {found['bare'][-1]:.2f}, engine {rate:.2f} images/s, busy {busy:.3f}", flush=True)
     medians = {k: statistics.median(v) for k, v in found.items()}
     result = {

@@ -133,7 +133,8 @@ class Remembered(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
-        self.layer, self.kept = layer, {}
+        self.layer = layer
+        self.kept: dict[int, torch.Tensor] = {}
 
     def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
         if len(x) not in self.kept:
