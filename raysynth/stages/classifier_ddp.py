@@ -11,7 +11,7 @@ from typing import Any
 from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.s3 import S3Storage
 from raysynth.stages.classifier_loop import Loop
-from raysynth.stages.train_classifier import ClassifierTask, Report
+from raysynth.stages.classifier_task import ClassifierTask, Report
 from raysynth.stages.training_loop import threads
 
 WORKER_FAILURES = 3

@@ -17,45 +17,18 @@ import numpy as np
 import pyarrow as pa
 
 from raysynth.core.errors import ConfigError
-from raysynth.core.identity import sha256_bytes
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.data.feed import Feed
 from raysynth.data.predictions import truth, with_probabilities
 from raysynth.data.views import View
 from raysynth.metrics.validation import validation_scores
-from raysynth.stages.train_classifier import ClassifierTask, Report
-from raysynth.stages.training_loop import threads
+from raysynth.stages.classifier_task import ClassifierTask, Report
 from raysynth.stages.views import open_view_folder
 
 STATE = "checkpoints/training.pt"
 HISTORY = "log/history.jsonl"
 EVENTS = "log/events.out.tfevents.0.raysynth"
 MODEL = "model"
-
-
-def run_trial(task: ClassifierTask, report: Report) -> dict[str, Any]:
-    """Trains (from its checkpoint if there is one), exports and commits the artifact; runs where the device is.
-
-    Args:
-        report: called with {"step", "steps", "phase", "loss", "monitor", "value"} at every validation.
-
-    Returns:
-        {"best_step", "value"}: the checkpoint that was kept and the monitored metric there.
-
-    Raises:
-        ConfigError: the loss stopped being finite.
-    """
-    if task.artifact.complete:
-        return _result(task)
-    workers = task.compute.classifier_workers or 1
-    if workers > 1:
-        from raysynth.stages.classifier_ddp import fit
-
-        fit(task, workers, report)
-    else:
-        with threads(max(1, int(task.compute.trial_cpus)) if not task.gpu else 1):
-            Loop(task, report, "cuda" if task.gpu else "cpu").run()
-    return commit(task)
 
 
 class Loop:
@@ -230,33 +203,3 @@ def validation_view(task: ClassifierTask, view: View) -> tuple[np.ndarray, pa.Ta
     place = {name: i for i, name in enumerate(view.index["image_id"].to_pylist())}
     positions = [place[i] for i in task.validation]
     return view.images(positions), truth(view.index.take(positions), "val", task.classes, task.policy)
-
-
-def commit(task: ClassifierTask) -> dict[str, Any]:
-    """Registers what training left, writes run.json and `_SUCCESS`, deletes the checkpoints."""
-    artifact, storage = task.artifact, task.storage
-    files = ["members.parquet", "validation.parquet"]
-    files += [e.path.removeprefix(artifact.path + "/") for e in storage.list(artifact.file(MODEL))]
-    for name in files:
-        artifact.register(name, sha256_bytes(storage.get(artifact.file(name))))
-    history = _history(task)
-    best = [row for row in history if row["best"]][-1]
-    seconds = round(history[-1].get("trained_seconds", 0.0), 3)
-    artifact.commit(
-        {**task.counts, "steps": history[-1]["step"]}, gpu_seconds=seconds * task.compute.trial_gpus * task.gpu,
-        **task.origin, facts=task.facts, best_step=best["step"], monitor=best["monitor"], value=best["value"],
-        train_seconds=seconds,
-    )  # fmt: skip
-    for entry in storage.list(artifact.file("checkpoints")):
-        storage.delete(entry.path)
-    return {"best_step": best["step"], "value": best["value"]}
-
-
-def _history(task: ClassifierTask) -> list[dict[str, Any]]:
-    return [json.loads(row) for row in task.storage.get(task.artifact.file(HISTORY)).decode().splitlines()]
-
-
-def _result(task: ClassifierTask) -> dict[str, Any]:
-    run = task.artifact.run_info()
-    return {"best_step": run["best_step"], "value": run["value"]}
-

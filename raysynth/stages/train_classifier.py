@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,7 @@ import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact, git_state
 from raysynth.core.errors import ConfigError, DataError, EnvironmentFault
-from raysynth.core.evidence import Classifier, Pretrain
-from raysynth.core.experiment import Compute, Experiment
+from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json, content_digest
 from raysynth.core.presets import resolve_classifier, resolve_image
 from raysynth.core.progress import Progress, say
@@ -32,48 +30,13 @@ from raysynth.core.storage import Storage
 from raysynth.data.labels import check_policy
 from raysynth.data.training_sets import Chosen, choose
 from raysynth.stages.adoption import Seen, seen_by_generator
+from raysynth.stages.classifier_task import ClassifierTask
 from raysynth.stages.generated import load_index
 from raysynth.stages.plan import load_plan, plan_artifact
 from raysynth.stages.views import build_synthetic_view, build_view
 
 STAGE = "train-classifier"
 STAGE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class ClassifierTask:
-    """Everything a trial needs; small, and picklable. It knows no test image."""
-
-    artifact: Artifact
-    classifier: Classifier
-    """With its nulls resolved."""
-    pretrain: Pretrain
-    real_fraction: float | None
-    phase_steps: list[int]
-    views: dict[str, str]
-    """`real`, `synthetic` and `validation` -> folder of the view, relative to the root."""
-    classes: list[str]
-    kind: str
-    """single or multi."""
-    policy: dict[str, str]
-    modality: str
-    """data.image.preset"""
-    channels: int
-    validation: list[str]
-    """Image ids, of the view `validation`."""
-    counts: dict[str, Any]
-    """For run.json."""
-    facts: dict[str, Any]
-    """Of the experiment, for the metric table: strategy, ratio, seeds..."""
-    compute: Compute
-    gpu: bool
-    origin: dict[str, Any]
-    """Command and git state of the driver."""
-
-    @property
-    def storage(self) -> Storage:
-        """Where the artifact and the views are."""
-        return self.artifact.storage
 
 
 @dataclass(frozen=True)
@@ -226,7 +189,7 @@ def train_classifier(task: ClassifierTask) -> Artifact:
     import ray
     from ray.util.queue import Queue
 
-    from raysynth.stages.classifier_loop import run_trial
+    from raysynth.stages.classifier_trial import run_trial
 
     if task.artifact.complete:
         say(f"{STAGE}: {task.artifact.path} is complete")
@@ -255,8 +218,3 @@ def trial_options(task: ClassifierTask) -> dict[str, Any]:
     if (task.compute.classifier_workers or 1) > 1:
         return {"num_cpus": 0}
     return {"num_cpus": task.compute.trial_cpus} | ({"num_gpus": task.compute.trial_gpus} if task.gpu else {})
-
-
-Report = Callable[[dict[str, Any]], Any]
-"""What a trial calls at every validation: {"step", "steps", "phase", "loss", "monitor", "value"}."""
-

@@ -22,8 +22,8 @@ from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault
 from raysynth.core.lease import Lease, holder_of
+from raysynth.stages.classifier_task import ClassifierTask
 from raysynth.stages.sweep_table import SweepTable
-from raysynth.stages.train_classifier import ClassifierTask
 from raysynth.stages.train_generator import slots
 
 WORKER_DEATHS = 3
@@ -53,7 +53,7 @@ def train_arm(config: dict[str, Any], tasks: Sequence[ClassifierTask]) -> None:
     """Tune's function trainable, in the worker: trains task `config["trial"]` and reports its validations."""
     from ray import tune
 
-    from raysynth.stages.classifier_loop import run_trial
+    from raysynth.stages.classifier_trial import run_trial
 
     task = tasks[config["trial"]]
     try:

@@ -23,7 +23,7 @@ from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import GateFailed
 from raysynth.core.storage import Storage
 from raysynth.data.views import View
-from raysynth.stages.classifier_loop import run_trial
+from raysynth.stages.classifier_trial import run_trial
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.sweep import find_trials, load_trials, sweep
 from raysynth.stages.sweep_plan import plan_of_sweep
