@@ -43,9 +43,12 @@ class Lease:
 
     def wait(self) -> None:
         """Until whoever was alive on entry has finished or died; then the lease is ours."""
-        while holder_of(self.storage, self.path):
-            time.sleep(LOOK_EVERY_S)
-        self._write()
+        # Our own heart may have taken it between two looks; of two who wait, the one that wrote last has it.
+        while (holder := holder_of(self.storage, self.path)) is None or holder["run"] != self.run:
+            if holder:
+                time.sleep(LOOK_EVERY_S)
+            else:
+                self._write()
         self.others = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -68,24 +68,28 @@ def generator_id(generator: Artifact) -> str:
     return content_digest((n, d) for n, d in outputs.items() if n.startswith(made_of))[:24]
 
 
-def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact) -> SyntheticSet:
-    """The set of this generator under this sampling configuration, whether or not it exists yet."""
+def pixel_identity(experiment: Experiment, generator: Artifact) -> dict[str, Any]:
+    """What makes the pixels of a set: the generator under this sampling configuration."""
     s = experiment.sampling
     if experiment.generator.kind == "external":
-        return SyntheticSet(storage, experiment.name, set_identity(generator))
-    identity = {
+        return set_identity(generator)
+    return {
         "render_version": RENDER_VERSION, "generator_id": generator_id(generator), "sampler": s.sampler,
         "steps": s.steps, "guidance_scale": s.guidance_scale, "guidance_rescale": s.guidance_rescale,
         "guidance_interval": s.guidance_interval, "eta": s.eta, "precision": s.precision, "seed": experiment.plan.seed,
     }  # fmt: skip
-    return SyntheticSet(storage, experiment.name, identity)
+
+
+def synthetic_set(experiment: Experiment, storage: Storage, generator: Artifact) -> SyntheticSet:
+    """The set that the plan's images are in, whether or not it exists yet."""
+    return SyntheticSet.at(storage, experiment.name, pixel_identity(experiment, generator))
 
 
 def generate_artifact(experiment: Experiment, storage: Storage, generator: Artifact, plan: Artifact) -> Artifact:
     """The artifact that says which images of the set the plan's selected rows are."""
     p = selection(experiment)
     config = {"ratio": p.ratio, "n_synth": p.n_synth, "quota": p.quota,
-              "set": synthetic_set(experiment, storage, generator).identity}  # fmt: skip
+              "set": pixel_identity(experiment, generator)}  # fmt: skip
     return Artifact.at(storage, "generate", experiment.name, STAGE_VERSION, config, {"plan": plan.digest()})
 
 
@@ -237,7 +241,8 @@ def conclude(
             f"{compute.max_failed_fraction:.2%}. See {artifact.file('failed.parquet')}; `--retry-failed` renders "
             "them once more."
         )
-    seconds = sum(markers[s]["render_seconds"] for s in places.shards())
+    # Of a shard that holds rows of other plans too, its share.
+    seconds = sum(markers[s]["render_seconds"] * rows / markers[s]["rows"] for s, rows in places.shards().items())
     gpu_seconds = seconds * gpus_of_worker(read_settled(store), compute)
     price = compute.price_per_gpu_hour
     cost = round(gpu_seconds / 3600 * price, 4) if price is not None else None

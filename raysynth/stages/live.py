@@ -211,13 +211,17 @@ class RenderView:
             with self._lock:
                 self.metrics.repeat(self.rendering.sums, self.rendering.done, time.time())
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """One row of statistics came in."""
+    def add(self, row: Mapping[str, Any], elsewhere: int = 0) -> None:
+        """One row of statistics came in.
+
+        Args:
+            elsewhere: rows of its shard that another driver's actor had committed.
+        """
         now = time.time()
         with self._lock:
             r = self.rendering
             r.sums.add_row(row, now)
-            r.done += int(row["ok"] + row["failed"] + row["rejected"])
+            r.done += int(row["ok"] + row["failed"] + row["rejected"]) + elsewhere
             if self.metrics:
                 self.metrics.add(row, r.sums, r.done, now)
         if not self._live and time.monotonic() - self.shown >= self.every_s:

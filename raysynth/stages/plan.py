@@ -81,11 +81,10 @@ def plan(experiment: Experiment, storage: Storage, ingest_artifact: Artifact) ->
         artifact.commit({"rows": rows.num_rows, "n_real": sources.num_rows, "cells": cells})
     counts = artifact.run_info()["counts"]
     wanted = wanted_rows(experiment, storage, artifact)
-    chosen = wanted.tables(np.ones(len(wanted), bool))
-    if external:  # its rows need no source, so there is no joint table with the real images
-        say(f"plan: {per_class(pa.concat_tables([next(iter(wanted.read())).slice(0, 0), *chosen]))}")
-    else:
-        used = pa.concat_tables(t.select(["source_image_id"]) for t in chosen)
+    if external and len(wanted):  # its rows need no source, so there is no joint table with the real images
+        say(f"plan: {per_class(pa.concat_tables(wanted.read()))}")
+    elif len(wanted):
+        used = pa.concat_tables(t.select(["source_image_id"]) for t in wanted.read())
         show_joint(joint_table(used, sources, over, labels), over)
     say(f"plan: {len(wanted):,} of {counts['rows']:,} rows wanted, from {counts['n_real']:,} real images")
     return artifact

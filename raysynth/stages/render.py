@@ -98,6 +98,7 @@ def run_rounds(
     """
     began, judge, folder = time.perf_counter(), _Judge(job), _Folder(job.store)
     workers, _, _ = worker_shape(compute, resources)
+    most = max(workers, compute.max_render_workers or 0)
     with _stop_on_sigterm(job) as stopping:
         while shards := pending():
             if judge.sick:
@@ -107,13 +108,15 @@ def run_rounds(
             if backwards:
                 shards.reverse()
             drained = set()
+            lengths = {shard: wave.shard_rows[shard - wave.first_shard] for wave, shard in shards[:ROUND_SHARDS]}
             for row in _round(job, shards[:ROUND_SHARDS], compute, resources):
                 judge.row(row)
                 folder.row(row)
-                view.add(row)
+                rows = lengths.pop(row["shard"], 0) if row["outcome"] in ("committed", "already") else 0
+                view.add(row, rows if row["outcome"] == "already" else 0)
                 if stopping.is_set():
                     drained |= {row["actor"]} if row["outcome"] == "stopped" else set()
-                    if len(drained) >= workers or time.monotonic() > stopping.since + DRAIN_S:
+                    if len(drained) >= min(most, len(shards)) or time.monotonic() > stopping.since + DRAIN_S:
                         break
             if stopping.is_set():
                 raise EnvironmentFault(
@@ -144,7 +147,7 @@ class _Judge:
                 f"{self.root}: {row['reason']}. Nothing is lost: the same command then goes on from here."
             )
         self.sick += row["outcome"] == "sick"
-        self.moved += row["outcome"] in ("committed", "already", "second opinion", "stopped")
+        self.moved += row["outcome"] in ("committed", "already", "at work", "second opinion", "stopped")
         self.reason = row["reason"] or self.reason
         for key in SUMMED:
             self.sums[key] += row[key]

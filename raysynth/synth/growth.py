@@ -71,7 +71,7 @@ def growth(ledger: Ledger, wanted: Wanted, absent: np.ndarray) -> Growth:
     at = 0
     for table in wanted.read():
         here = slice(at, at + table.num_rows)
-        for name, mask in (("present", ~absent[here]), ("fresh", fresh[here])):
+        for name, mask in (("present", ~fresh[here]), ("fresh", fresh[here])):
             rows = table.filter(pa.array(mask))
             positive[name].update(_classes(rows))
             if name == "present":

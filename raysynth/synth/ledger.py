@@ -18,7 +18,7 @@ import pyarrow as pa
 from raysynth.synth.sets import SyntheticSet, Wave
 from raysynth.synth.wanted import CHUNK, Wanted, unpack
 
-ABSENT, FAILED, REJECTED, OK = 0, 1, 2, 3
+LOST, ABSENT, FAILED, REJECTED, OK = -1, 0, 1, 2, 3
 STATUSES = ("absent", "failed", "rejected", "ok")
 
 
@@ -50,12 +50,12 @@ class Places:
         """(N,) int32; meaningless where there is no place."""
         return self.ledger.attempts[self.position].astype(np.int32)
 
-    def shards(self) -> list[int]:
-        """The shards that hold any of the keys, ascending."""
-        found = np.zeros(self.ledger.shards + 1, bool)  # one more, for -1
+    def shards(self) -> dict[int, int]:
+        """Shards that hold any of the keys -> how many of them."""
+        found = np.zeros(self.ledger.shards + 1, np.int64)
         for start in range(0, len(self.position), CHUNK):
-            found[self[start : start + CHUNK].shard] = True
-        return np.flatnonzero(found[:-1]).tolist()
+            found += np.bincount(self[start : start + CHUNK].shard + 1, minlength=len(found))
+        return {int(shard): int(found[shard + 1]) for shard in np.flatnonzero(found[1:])}
 
 
 class Ledger:
@@ -151,6 +151,10 @@ class Ledger:
         """Which keys (N,) are in shards that are frozen and not done: (N,) bool."""
         return self._in(keys, ~self._flags(self.done | self.void))
 
+    def lost(self, keys: np.ndarray) -> np.ndarray:
+        """Which keys (N,) are in shards that were given up: (N,) bool."""
+        return self._in(keys, self._flags(self.void))
+
     def rows(self) -> int:
         """Distinct rows that are committed or wait in a frozen shard."""
         counts = np.repeat(~self._flags(self.void), np.diff(self.starts))[self.order]
@@ -168,13 +172,16 @@ class Ledger:
         shards = set(np.flatnonzero(hit & left).tolist())
         return [(wave, shard) for wave in self.waves for shard in wave.shards if shard in shards]
 
-    def statuses(self, markers: Mapping[int, Mapping[str, Any]]) -> np.ndarray:
-        """(rows,) int8 status by position.
+    def statuses(self, markers: Mapping[int, Mapping[str, Any]], corrupt: Iterable[int] = ()) -> np.ndarray:
+        """(rows,) int8 status by position; LOST in shards that were given up.
 
         Args:
             markers: of every done shard.
+            corrupt: done shards that are to be given up.
         """
-        found = np.repeat(self._flags(markers).astype(np.int8) * np.int8(OK), np.diff(self.starts))
+        shards = self._flags(markers).astype(np.int8) * np.int8(OK)
+        shards[self._flags(self.void.union(corrupt))] = LOST
+        found = np.repeat(shards, np.diff(self.starts))
         for shard, marker in markers.items():
             for code, name in ((FAILED, "failed"), (REJECTED, "rejected")):
                 for place in marker[name]:
@@ -182,13 +189,15 @@ class Ledger:
         return found
 
     def find(self, keys: np.ndarray, statuses: np.ndarray) -> Places:
-        """The record that counts of each key: ok if it is ok in any wave, otherwise the latest."""
+        """The record that counts of each key: ok if it is ok in any wave, otherwise the latest; none if that one
+        was lost, whatever came before it."""
         position = np.full(len(keys), -1, np.int32)
         status = np.zeros(len(keys), np.int8)
         for i, at in self._each(keys):
             new = statuses[at]
-            better = (new > ABSENT) & ((new == OK) | (status[i] != OK))
-            position[i[better]], status[i[better]] = at[better], new[better]
+            better = (new != ABSENT) & ((new == OK) | (status[i] != OK))
+            i, at, new = i[better], at[better], new[better]
+            position[i], status[i] = np.where(new == LOST, -1, at), np.maximum(new, ABSENT)
         return Places(self, position, status)
 
     def duplicates(self, statuses: np.ndarray) -> np.ndarray:

@@ -76,6 +76,16 @@ class SyntheticSet:
         return type(self), (self.storage, self.name, self.identity)
 
     @classmethod
+    def at(cls, storage: Storage, name: str, identity: dict[str, Any]) -> SyntheticSet:
+        """The set of this identity, under another experiment's name where that one has begun it already."""
+        own = cls(storage, name, identity)
+        for folder in storage.folders(FOLDER):
+            other = cls(storage, folder.removesuffix(f"-{own.fp}"), identity)
+            if other.path == f"{FOLDER}/{folder}" and storage.exists(other.file("set.json")):
+                return other
+        return own
+
+    @classmethod
     def open(cls, storage: Storage, folder: str) -> SyntheticSet:
         """The set in `synthetic-sets/<folder>`."""
         identity = json.loads(storage.get(f"{FOLDER}/{folder}/set.json"))
@@ -249,7 +259,14 @@ class SyntheticSet:
 
     def commit(self, shard: int, marker: dict[str, Any]) -> bool:
         """Makes a stored part part of the set. False if another writer committed the shard first."""
-        return self.create_json(f"done/{shard:05d}.json", marker)
+        name = f"done/{shard:05d}.json"
+        if not self.create_json(name, marker):
+            return False
+        # The first writer's marker may have been folded meanwhile, and its own name be free again.
+        folded = shard in self._block(shard // FOLD)
+        if folded:
+            self.storage.delete(self.file(name))
+        return not folded
 
     def part(self, name: str) -> bytes:
         """Bytes of a part."""

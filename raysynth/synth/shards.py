@@ -94,6 +94,7 @@ class ShardRunner:
 
         * committed: this call's marker made it part of the set;
         * already: another writer was first;
+        * at work: another call of this process has it in hand;
         * second opinion: rows failed here and wait for another actor;
         * stopped: the process was told to stop; what was rendered is kept for the next attempt.
 
@@ -103,8 +104,8 @@ class ShardRunner:
         if self.stopping.is_set():
             return self._statistics("stopped", shard, Timing(), [])
         with self._claims:
-            if shard in self._mine:  # another call of this process is at it
-                return self._statistics("already", shard, Timing(), [])
+            if shard in self._mine:
+                return self._statistics("at work", shard, Timing(), [])
             self._mine.add(shard)
         try:
             return self._run(wave, shard)

@@ -103,7 +103,7 @@ def verify(
         faults = dict(zip(shards, pool.map(look, shards)))
     verdict = Verdict(wanted=len(wanted), corrupt={s: f for s, f in faults.items() if f})
     duplicate = ledger.duplicates(ledger.statuses(markers))
-    intact = ledger.statuses({s: m for s, m in markers.items() if s not in verdict.corrupt})
+    intact = ledger.statuses({s: m for s, m in markers.items() if s not in verdict.corrupt}, verdict.corrupt)
     held = ledger.find(wanted.keys, intact).status
     verdict.ok, verdict.failed, verdict.rejected = (int((held == s).sum()) for s in (OK, FAILED, REJECTED))
     verdict.missing = unpack(wanted.keys[held == ABSENT]).to_pylist()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.synth.ledger import FAILED, Ledger
+from raysynth.synth.ledger import ABSENT, FAILED, Ledger
 from raysynth.synth.sets import Wave
 from raysynth.synth.wanted import Wanted
 
@@ -52,12 +52,6 @@ def _runs(table: pa.Table) -> list[tuple[str, int]]:
     return list(zip(ends.values.to_pylist(), lengths.tolist()))
 
 
-def failed_keys(ledger: Ledger, wanted: Wanted) -> np.ndarray:
-    """Which wanted rows' counting record is a failure: (N,) bool."""
-    markers = ledger.store.markers(ledger.done)
-    return ledger.find(wanted.keys, ledger.statuses(markers)).status == FAILED
-
-
 def missing(ledger: Ledger, wanted: Wanted, retry_failed: bool = False) -> np.ndarray:
     """Which wanted rows are neither committed nor frozen: (N,) bool.
 
@@ -65,8 +59,10 @@ def missing(ledger: Ledger, wanted: Wanted, retry_failed: bool = False) -> np.nd
         retry_failed: rows recorded as failed are missing too, unless they wait in a frozen shard already.
     """
     absent = ~ledger.frozen(wanted.keys)
-    if retry_failed:
-        absent |= failed_keys(ledger, wanted) & ~ledger.waiting(wanted.keys)
+    # A row may have failed, been rendered well by a later shard, and be lost with that one.
+    if retry_failed or (~absent & ledger.lost(wanted.keys)).any():
+        status = ledger.find(wanted.keys, ledger.statuses(ledger.store.markers(ledger.done))).status
+        absent |= (status <= (FAILED if retry_failed else ABSENT)) & ~ledger.waiting(wanted.keys)
     return absent
 
 

@@ -88,6 +88,21 @@ def test_waiting_ends_with_the_holders_process(any_root: str, monkeypatch: pytes
         assert holder_of(storage, "lock.json")["run"] == mine.run  # type: ignore[index]
 
 
+def test_waiting_ends_where_our_own_heart_took_it(any_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    monkeypatch.setattr(lease, "LOOK_EVERY_S", 0.5)
+    storage = open_storage(any_root)
+    first = Lease(storage, "lock.json").__enter__()
+    with Lease(storage, "lock.json") as mine:
+        waiting = threading.Thread(target=mine.wait, daemon=True)
+        waiting.start()
+        time.sleep(0.2)
+        first.__exit__(None, None, None)  # between two looks; several beats before the next one
+        waiting.join(10)
+        assert not waiting.is_alive()
+        assert mine.others is None
+
+
 def test_a_fault_keeps_its_words_where_the_lock_cannot_be_removed(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
 

@@ -38,6 +38,14 @@ def experiment(**wanted: Any) -> Experiment:
     return Experiment(name="t", training_set=TrainingSet(n_per_class=5), plan=Plan(replicas=4, **wanted))
 
 
+@pytest.mark.parametrize("nothing", [{"n_synth": 0}, {"ratio": 0}])
+def test_no_row_may_be_wanted(
+    storage: Storage, images: Artifact, capsys: pytest.CaptureFixture[str], nothing: dict[str, int]
+) -> None:
+    plan(experiment(**nothing), storage, images)
+    assert "plan: 0 of 60 rows wanted, from 15 real images" in capsys.readouterr().out
+
+
 def test_plan_is_stored_and_read(
     storage: Storage, images: Artifact, capsys: pytest.CaptureFixture[str]
 ) -> None:

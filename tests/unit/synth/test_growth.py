@@ -13,6 +13,7 @@ from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.growth import growth, unwanted
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
+from raysynth.synth.verify import repair, verify
 from raysynth.synth.wanted import Wanted
 from raysynth.synth.waves import missing
 from tests.engine import image_table, keys_of, render_all, synthetic_set, wanted_rows
@@ -45,6 +46,12 @@ def test_more_replicas_and_new_sources_are_told_apart(store: SyntheticSet) -> No
     assert words(store, wanted_rows(replicas=5)) == "24 more replicas"
     assert words(store, wanted_rows(n=20)) == "24 of 8 new source images"
     assert words(store, wanted_rows(n=20, replicas=4)) == "12 more replicas, 32 of 8 new source images"
+
+
+def test_rows_that_were_lost_change_no_annotation(store: SyntheticSet) -> None:
+    store.storage.delete(store.file(store.marker(1)["part"]))  # type: ignore[index]
+    repair(store, verify(store, wanted_rows()))
+    assert words(store, wanted_rows(replicas=4)) == "12 more replicas, 8 again that failed or were lost"
 
 
 def test_a_new_class_is_named(store: SyntheticSet) -> None:
