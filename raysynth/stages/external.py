@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from typing import Any
 
@@ -44,7 +46,8 @@ from raysynth.data.strata import seeded_order, stratified_order
 from raysynth.synth.wanted import Wanted
 
 STAGE = "train-generator"
-IMPORT_VERSION = 1
+STAGE_VERSION, IMPORT_VERSION = 2, 1
+"""Of how rows are judged and their cells read; of how images become pixels, and so of the set."""
 MODE = "external"
 EXTRA = ("source", "patient", "prompt", "seed", "guidance")
 """Keys of generator.columns beside those that real data have; read as attributes are: text, null for nothing."""
@@ -103,7 +106,7 @@ def import_artifact(e: Experiment, storage: Storage, images: Artifact) -> tuple[
     listing = _listed(e, storage, images)
     config = {"kind": e.generator.kind, "on_held_out": e.generator.on_held_out}
     inputs = {"images": digest, "listing": _generator_id(e, listing)}
-    return Artifact.at(storage, STAGE, e.name, IMPORT_VERSION, config, inputs), listing
+    return Artifact.at(storage, STAGE, e.name, STAGE_VERSION, config, inputs), listing
 
 
 def take_listing(e: Experiment, storage: Storage, images: Artifact) -> Artifact:
@@ -180,14 +183,37 @@ def _held_out(rows: pa.Table, table: pa.Table) -> dict[int, str]:
     return found
 
 
+def _number(cell: str, bits: int) -> Decimal:
+    number = Decimal("nan")
+    with suppress(InvalidOperation):
+        number = Decimal(cell)  # exact, which a float past 2^53 is not
+    if not number.is_finite():
+        raise ValueError("is no number")
+    if not -(2**bits) <= number < 2**bits:
+        raise ValueError("is too large")
+    return number
+
+
+def _seed(cell: str | None) -> int | None:
+    """A whole number, also one written 12.0, as in a column with gaps. Raises ValueError for what int64 cannot hold."""
+    if cell is not None and _number(cell, 63) % 1:
+        raise ValueError("is no whole number")
+    return None if cell is None else int(_number(cell, 63))
+
+
+def _guidance(cell: str | None) -> float | None:
+    """Raises ValueError for what float32 cannot hold."""
+    return None if cell is None else float(_number(cell, 127))
+
+
 def _not_numbers(rows: pa.Table) -> dict[int, str]:
     found = {}
-    for name, kind in (("seed", int), ("guidance", float)):
+    for name, read in (("seed", _seed), ("guidance", _guidance)):
         for i, cell in enumerate(_extra(rows, name)):
             try:
-                kind(cell or 0)
-            except ValueError:
-                found[i] = f"{name} {cell!r} is no number"
+                read(cell)
+            except ValueError as error:
+                found[i] = f"{name} {cell!r} {error}"
     return found
 
 
@@ -211,8 +237,8 @@ def _rows(rows: pa.Table, table: pa.Table) -> pa.Table:
     planned = pa.table(columns, schema=plan_schema(labels, attributes))
     more = {
         LOCATION: rows["location"],
-        "seed": pa.array([None if s is None else int(s) for s in _extra(rows, "seed")], pa.int64()),
-        "guidance_scale": pa.array([None if g is None else float(g) for g in _extra(rows, "guidance")], pa.float32()),
+        "seed": pa.array([_seed(cell) for cell in _extra(rows, "seed")], pa.int64()),
+        "guidance_scale": pa.array([_guidance(cell) for cell in _extra(rows, "guidance")], pa.float32()),
         "derived_from_real": pa.nulls(n, pa.bool_()),
     }
     for name, column in more.items():

@@ -169,6 +169,31 @@ def test_rows_that_name_no_image_or_class_are_left_out_and_listed(tmp_path: Path
     assert reasons["pics/02.png"] == "seed 'many' is no number"
 
 
+def test_seeds_and_guidance_that_cannot_be_stored_are_left_out_and_listed(tmp_path: Path) -> None:
+    rows = listing()
+    fine = ["12.0", str(2**63 - 1), str(-(2**63)), "2.5e3", ""]
+    bad = [str(2**63), "1.5", "inf", "1e999999999", "-170141183460469231731687303715884105729"]
+    for row, seed in zip(rows, fine + bad):
+        row["noise"] = seed
+    for row, cfg in zip(rows[20:], ["7", "", "1e38", "inf", "-inf", "+nan", "1e39", "w"]):
+        row["cfg"] = cfg
+    e = experiment(str(tmp_path), as_csv(str(tmp_path), rows), data={"max_quarantined_fraction": 0.5})
+    listed, store, wanted, _ = taken(e)
+    taken_rows = from_parquet(listed.storage.get(listed.file("rows.parquet"))).to_pylist()
+    at = {r["location"]: (r["seed"], r["guidance_scale"]) for r in taken_rows}
+    assert [at[f"pics/{i:02d}.png"][0] for i in range(5)] == [12, 2**63 - 1, -(2**63), 2500, None]
+    assert [at[f"pics/{i}.png"][1] for i in (20, 21)] == [7, None]
+    assert at["pics/22.png"][1] == pytest.approx(1e38)
+    left_out = from_parquet(listed.storage.get(listed.file("quarantine.parquet"))).to_pylist()
+    assert [r["reason"] for r in left_out] == [
+        f"seed '{2**63}' is too large", "seed '1.5' is no whole number", "seed 'inf' is no number",
+        "seed '1e999999999' is too large", f"seed '{-(2**127) - 1}' is too large",
+        "guidance 'inf' is no number", "guidance '-inf' is no number", "guidance '+nan' is no number",
+        "guidance '1e39' is too large", "guidance 'w' is no number",
+    ]  # fmt: skip
+    assert (len(wanted), verify(store, wanted).clean) == (N - 10, True)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "why"),
     [
