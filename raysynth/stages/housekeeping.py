@@ -14,6 +14,9 @@ from raysynth.core.storage import Storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
 from raysynth.synth.verify import orphans
 
+LOOK_EVERY = 1000
+"""Orphans deleted between two looks at what the set names; a look reads its markers."""
+
 
 def _artifacts(storage: Storage) -> list[tuple[str, dict | None]]:
     """(folder, run.json or None if not complete) of every artifact."""
@@ -66,17 +69,39 @@ def show_artifacts(storage: Storage) -> None:
 
 
 def collect_garbage(storage: Storage, delete: bool) -> list[str]:
-    """Orphan parts and rows files of every synthetic set, at least an hour old; deletes them if told."""
+    """Orphan parts and rows files of every synthetic set, at least an hour old; deletes them if told.
+
+    Returns:
+        Those found, or those deleted.
+    """
     found = []
     for store in _sets(storage):
-        if holder_of(storage, store.file("lock.json")):
-            # A writer may be about to name an old orphan: equal content has an equal name.
+        # A writer may be about to name an old orphan: equal content has an equal name.
+        if _rendering(store):
             say(f"gc: {store.path} is being rendered, left alone")
             continue
-        found += [store.file(o) for o in orphans(store)]
-    for path in found:
-        say(path)
-        if delete:
-            storage.delete(path)
+        for path in _unused(store) if delete else map(store.file, orphans(store)):
+            if delete:
+                storage.delete(path)
+            say(path)
+            found.append(path)
     say(f"gc: {len(found):,} orphan files" + (" deleted" if delete else "; --delete removes them" if found else ""))
     return found
+
+
+def _rendering(store: SyntheticSet) -> bool:
+    return holder_of(store.storage, store.file("lock.json")) is not None
+
+
+def _unused(store: SyntheticSet) -> Iterator[str]:
+    """Orphans, each as soon as it is known to be one still; ends when somebody begins to render the set."""
+    found = orphans(store)
+    for at in range(0, len(found), LOOK_EVERY):
+        # What was written or named since the last look is an orphan no more.
+        still = set(orphans(store))
+        for name in found[at : at + LOOK_EVERY]:
+            if _rendering(store):
+                say(f"gc: {store.path} is being rendered, the rest is left alone")
+                return
+            if name in still:
+                yield store.file(name)
