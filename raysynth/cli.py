@@ -60,7 +60,7 @@ def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_fail
 
     with without_ray_noise():
         for stage in stages:
-            pipeline.do(stage, retry_failed=retry_failed and stage == "generate")
+            pipeline.do(stage, retry_failed)
     if stages[-1] == "generate":
         from raysynth.report import write_contact_sheet
 
@@ -117,9 +117,9 @@ def train_classifier(file: File, words: Words = None, dry_run: DryRun = False) -
 
 
 @app.command()
-def sweep(file: File, words: Words = None, dry_run: DryRun = False) -> None:
+def sweep(file: File, words: Words = None, dry_run: DryRun = False, retry_failed: Retry = False) -> None:
     """Render what the arms need, then train every missing arm with Ray Tune."""
-    _stages(_load(file, words), ["sweep"], dry_run)
+    _stages(_load(file, words), ["sweep"], dry_run, retry_failed)
 
 
 @app.command()
@@ -228,8 +228,11 @@ def environment_fault(error: BaseException) -> str | None:
 
     kinds = {c.__name__: c.__module__ for c in type(error).__mro__}
     if "RayTaskError" in kinds:
-        # The worker's exception arrives as text; its last line names it.
-        last = str(error).strip().splitlines()[-1]
+        # The worker's exception arrives as text; its last line names it. Ray Data wraps it in one of its own.
+        chain = str(error).split("The above exception was the direct cause of the following exception:")
+        while len(chain) > 1 and "ray.exceptions.UserCodeException" in chain[-1]:
+            chain.pop()
+        last = chain[-1].strip().splitlines()[-1]
         named = last.split(":")[0].rpartition(".")[2]
         kind = getattr(builtins, named, None)
         return last if "botocore" in last or (isinstance(kind, type) and issubclass(kind, OSError)) else None
@@ -238,8 +241,11 @@ def environment_fault(error: BaseException) -> str | None:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}" if kinds.get("RayError") else None
 
 
+KEPT = "Nothing is lost but what was trained since the last checkpoint; the same command goes on from here."
+
+
 def _stopped() -> None:
-    say("error: stopped by SIGTERM. Nothing is lost; the same command goes on from here.")
+    say(f"error: stopped by SIGTERM. {KEPT}")
     sys.exit(4)
 
 
@@ -257,10 +263,13 @@ def guarded(work: Callable[[], object]) -> None:
         work()
     except SystemExit as done:
         if done.code == 130:  # typer's answer to Ctrl-C
-            say("interrupted: nothing is lost, the same command goes on from here")
+            say(f"interrupted. {KEPT}")
         if told.is_set() or done.code == signal.SIGTERM:  # so says Ray's handler, while Ray starts
             _stopped()
         raise
+    except KeyboardInterrupt:
+        say(f"interrupted. {KEPT}")
+        sys.exit(130)
     except RaysynthError as error:
         console.print("[bold red]error[/] ", end="")
         say(str(error))

@@ -66,11 +66,11 @@ class Progress:
             self.shown = now
             self._show()
 
-    def line(self) -> str:
-        """The line as text."""
+    def line(self, last: bool = False) -> str:
+        """The line as text; the `last` one says the rate over all of it, start included."""
         now = time.monotonic()
-        since, before = self.first or (now, 0)
-        rate = (self.fresh - before) / (now - since) if self.fresh > before else 0.0
+        since, before = (self.started, 0) if last else self.first or (now, 0)
+        rate = (self.fresh - before) / max(now - since, 1e-9) if self.fresh > before else 0.0
         parts = [f"{self.stage}: {self.done:,}/{self.total:,} {self.unit}"]
         if rate:
             parts.append(f"{rate:,.1f} {self.unit}/s")
@@ -83,9 +83,9 @@ class Progress:
     def _show(self, last: bool = False) -> None:
         if self.live:
             # A line that wraps would leave its upper part behind.
-            line = self.line() if last else self.line()[: console.width - 1]
+            line = self.line(last) if last else self.line()[: console.width - 1]
             sys.stdout.write("\r\x1b[2K" + line + ("\n" if last else ""))
             sys.stdout.flush()
         elif not last or self._said != self.done:
             self._said = self.done
-            say(self.line())
+            say(self.line(last))

@@ -21,7 +21,7 @@ from raysynth.core.experiment import Data
 from raysynth.core.identity import sha256_bytes
 from raysynth.core.schemas import ATTRIBUTE, quarantine_schema
 from raysynth.data.attributes import attribute_columns, known
-from raysynth.data.found import LEAVES, NOT_IMAGE, Found, digest, is_image, listed
+from raysynth.data.found import LEAVES, NO_FILE, NOT_IMAGE, Found, digest, is_image, listed
 from raysynth.data.labels import check_policy, label_columns, parse_names
 from raysynth.data.metadata import Cells
 from raysynth.data.reading import digit_values, image_storage, link_leaves
@@ -78,10 +78,11 @@ def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str], every_
     check_policy(data.labels, classes)
     fixed, keep = _splits(found.split, n), np.array([row not in bad for row in range(n)], bool)
     if not keep.any():
-        raise DataError(
-            "data.path", data.path, "a source with at least one usable row",
-            f"Of {n} rows none is: {found.ids[0]!r}: {bad[0]}.",
-        )  # fmt: skip
+        why = f"Of {n} rows none is: {found.ids[0]!r}: {bad[0]}."
+        if bad[0] == NO_FILE:
+            at = image_storage(data).url(found.locations[0])
+            why += f" There is no {at}: check the folder of the images and the column of their names."
+        raise DataError("data.path", data.path, "a source with at least one usable row", why)
     if every_class:
         require_positives(classes, found.annotations.values, bad, "rows")
     cells = dict(found.attributes)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import pyarrow as pa
@@ -215,7 +217,7 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
         ),
     )
     try:
-        result = trainer.fit()
+        result = _aside(trainer.fit)
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "cause", failure)
@@ -230,6 +232,20 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
             "generator.lr", task.generator.lr, f"lower: the loss was not finite at step {diverged}",
             "Try a third of it, more generator.warmup_steps, or precision: bf16 instead of fp16.",
         )  # fmt: skip
+
+
+def _aside(work: Callable[[], Any]) -> Any:
+    """Does the work in a thread of its own: in the main one Ray Train takes Ctrl-C over, and ends without words."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table) -> None:

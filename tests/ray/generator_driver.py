@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from raysynth.cli import guarded
 from raysynth.core.config import build_experiment
 from raysynth.core.experiment import Experiment
 from raysynth.core.storage import open_storage
@@ -42,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from raysynth.cli import environment_fault
 from raysynth.core.config import build_experiment
 from raysynth.core.errors import DataError, GateFailed
 from raysynth.core.experiment import Data, Experiment
@@ -289,3 +290,18 @@ def test_images_inside_parquet(any_root: str) -> None:
     for name in ("image_id", "sha256", "pixel_sha256", "split", "label_a", "label_b"):
         assert load_table(storage, again)[name].equals(load_table(storage, first)[name])
     assert json.loads(storage.get(again.file("vocabulary.json")))["kind"] == "multi"
+
+
+def test_a_fault_of_storage_inside_a_task_is_told_from_a_bug() -> None:
+    import ray.data
+
+    def refused(batch: dict) -> dict:
+        raise PermissionError(1, "Operation not permitted", "/sys/x")
+
+    def wrong(batch: dict) -> dict:
+        raise KeyError("rank")
+
+    for work, words in ((refused, "PermissionError: [Errno 1] Operation not permitted: '/sys/x'"), (wrong, None)):
+        with pytest.raises(ray.exceptions.RayTaskError) as raised:
+            ray.data.range(2).map_batches(work).materialize()
+        assert environment_fault(raised.value) == words

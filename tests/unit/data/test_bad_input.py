@@ -108,7 +108,8 @@ def test_class_whose_rows_are_all_left_out_says_why(tmp_path: Path) -> None:
 
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     four(str(tmp_path))
-    with pytest.raises(DataError, match=r"Of 4 rows none is: 'pics/0\.png': row without file"):
+    words = r"Of 4 rows none is: 'pics/0\.png': row without file\. There is no .*pics/pics/0\.png: check"
+    with pytest.raises(DataError, match=words):
         list_source(data_of(str(tmp_path), images=str(tmp_path / "pics")), "x")
 
 
