@@ -182,16 +182,20 @@ class Pipeline:
         return found
 
     def do(self, stage: str, retry_failed: bool = False) -> Artifact:
-        """Runs one stage, or says that it is done."""
+        """Runs one stage, or says that it is done.
+
+        Args:
+            retry_failed: where the stage renders, rows recorded as failed are rendered once more.
+        """
         e, s = self.experiment, self.storage
         if stage == "sweep":
-            return sweep(self, e)
+            return sweep(self, e, retry_failed)
         if stage == "evaluate" and e.evaluation.test_sets and self.resources:
             ingest_test_sets(e, s)
         artifact = self.artifact(stage)
         if stage == "train-generator" and e.generator.path:
             return self._take_generator()
-        if artifact.complete and stage not in QUICK and not retry_failed:
+        if artifact.complete and stage not in QUICK and not (retry_failed and stage == "generate"):
             say(f"{stage}: {artifact.path} is complete")
             return artifact
         if stage == "plan":

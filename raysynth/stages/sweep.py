@@ -61,15 +61,18 @@ def trials_schema() -> pa.Schema:
     return pa.schema([(name, kinds[name]) for name in order])
 
 
-def sweep(pipeline: Pipeline, experiment: Experiment) -> Artifact:
+def sweep(pipeline: Pipeline, experiment: Experiment, retry_failed: bool = False) -> Artifact:
     """Makes the images that the arms need, trains the arms that are missing, and writes the table of trials.
 
+    Args:
+        retry_failed: render rows recorded as failed once more.
+
     Raises:
-        GateFailed: trials failed; the others are done, and the table says why.
+        GateFailed: too many rows failed, or trials did; the other trials are done, and the table says why.
         EnvironmentFault: storage or cluster; the same command continues.
     """
     own = pipeline.arm_pipelines
-    make_images(own)
+    make_images(own, retry_failed)
     trials = [t for t in named_trials(own) if t is not None]
     artifact = sweep_artifact(pipeline, experiment, trials)
     if artifact.complete:
@@ -147,8 +150,8 @@ def sweep_artifact(pipeline: Pipeline, experiment: Experiment, trials: Sequence[
     return Artifact.at(pipeline.storage, STAGE, experiment.name, STAGE_VERSION, {}, inputs)
 
 
-def make_images(own: Sequence[tuple[Arm, Pipeline]]) -> None:
-    """Runs every stage before the classifiers that some arm needs and that is missing."""
+def make_images(own: Sequence[tuple[Arm, Pipeline]], retry_failed: bool = False) -> None:
+    """Runs every stage before the classifiers that some arm needs and that is missing, or may have failed rows."""
     needing = {i: p for i, (_, p) in enumerate(own) if _synthetic(p)}
     for _, p in own:
         _ensure(p, "ingest")
@@ -158,12 +161,12 @@ def make_images(own: Sequence[tuple[Arm, Pipeline]]) -> None:
     # Largest first: what follows finds its rows rendered.
     for i, artifact in _cover(needing).items():
         if needing[i].generated is artifact:
-            _ensure(needing[i], "generate")
+            _ensure(needing[i], "generate", retry_failed)
 
 
-def _ensure(p: Pipeline, stage: str) -> None:
-    if not p.artifact(stage).complete:
-        p.do(stage)
+def _ensure(p: Pipeline, stage: str, again: bool = False) -> None:
+    if again or not p.artifact(stage).complete:
+        p.do(stage, again)
 
 
 def set_key(p: Pipeline) -> str:
