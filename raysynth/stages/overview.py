@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import yaml
 
+from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import GateFailed
 from raysynth.core.identity import plain
 from raysynth.core.progress import Progress, console, say
+from raysynth.core.storage import Storage
+from raysynth.stages.generated import index_tables
 from raysynth.stages.housekeeping import artifacts_of_set
 from raysynth.stages.live import gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
@@ -14,9 +17,10 @@ from raysynth.stages.plan import wanted_rows
 from raysynth.stages.status import artifacts_table
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.synth.ledger import Ledger
+from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.settle import read_settled
+from raysynth.synth.verify import Verdict, verify
 from raysynth.synth.verify import repair as give_up
-from raysynth.synth.verify import verify
 from raysynth.synth.waves import missing, rows_a_shard
 
 
@@ -66,11 +70,14 @@ def show_dry_run(pipeline: Pipeline) -> None:
 def verify_set(pipeline: Pipeline, repair: bool) -> None:
     """Prints what `verify` found.
 
+    Args:
+        repair: give up corrupt shards, and unmake artifacts that list images which the set does not hold.
+
     Raises:
         GateFailed: the set does not hold exactly what is wanted.
     """
-    store = pipeline.synthetic_set
-    wanted = wanted_rows(pipeline.experiment, pipeline.storage, pipeline.plan)
+    store, storage = pipeline.synthetic_set, pipeline.storage
+    wanted = wanted_rows(pipeline.experiment, storage, pipeline.plan)
     with Progress("verify", len(store.done()), "shards") as progress:
         verdict = verify(store, wanted, progress.advance)
     for line in verdict.lines():
@@ -78,13 +85,26 @@ def verify_set(pipeline: Pipeline, repair: bool) -> None:
     if verdict.clean:
         say(f"verify: clean, {store.path}")
         return
-    if repair and verdict.corrupt:
+    stale = _stale(storage, store, verdict)
+    if repair and (stale or verdict.corrupt):
+        # Artifacts first: where this is killed, the shards are still corrupt and the same command goes on.
+        for folder in stale:
+            storage.delete(f"{folder}/_SUCCESS")
+            say(f"verify: {folder} lists images that are gone, and is no longer complete")
         given_up = give_up(store, verdict)
-        say(f"verify: {given_up} corrupt shards given up; `raysynth generate` renders their rows again, for each of:")
-        # These vouched for rows that are gone; without its marker `generate` renders and writes an artifact again.
-        for folder in artifacts_of_set(pipeline.storage, store.path):
-            pipeline.storage.delete(f"{folder}/_SUCCESS")
-            say(f"  {folder}")
+        say(f"verify: {given_up} corrupt shards given up; `raysynth generate` or `raysynth run` renders them again")
         return
-    remedy = "`--repair`, then `raysynth generate`" if verdict.corrupt else "`raysynth generate`"
+    remedy = "`--repair`, then `raysynth generate`" if stale or verdict.corrupt else "`raysynth generate`"
     raise GateFailed(f"verify: {store.path} is not what the plan wants. {remedy} mends it.")
+
+
+def _stale(storage: Storage, store: SyntheticSet, verdict: Verdict) -> list[str]:
+    """Complete artifacts of the set that list a part which is corrupt or which no marker names: `generate` would say
+    that they are done."""
+    intact = store.done() - verdict.corrupt.keys()
+    parts = {marker["part"] for marker in store.markers(intact).values()}
+    return [
+        folder for folder in artifacts_of_set(storage, store.path)
+        if any(not parts.issuperset(rows["part"].unique().to_pylist())
+               for rows in index_tables(Artifact.open(storage, folder), ["part"]))
+    ]  # fmt: skip
