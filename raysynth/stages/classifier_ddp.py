@@ -6,15 +6,19 @@ artifact is the same one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.s3 import S3Storage
 from raysynth.stages.classifier_loop import Loop
-from raysynth.stages.classifier_task import ClassifierTask, Report
+from raysynth.stages.classifier_task import ClassifierTask, Report, process_resources
 from raysynth.stages.training_loop import threads
 
 WORKER_FAILURES = 3
+LOOK_S = 0.5
+"""Between looks at what the processes reported."""
 
 
 def fit(task: ClassifierTask, workers: int, report: Report) -> None:
@@ -36,7 +40,7 @@ def fit(task: ClassifierTask, workers: int, report: Report) -> None:
         filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
         place = place.removeprefix("s3://")
     queue: Any = Queue(actor_options={"num_cpus": 0})
-    each = {"CPU": task.compute.trial_cpus} | ({"GPU": 1} if task.gpu else {})
+    each = process_resources(task.compute, task.gpu)
     trainer = TorchTrainer(
         train,
         train_loop_config={"task": task, "queue": queue},
@@ -47,7 +51,7 @@ def fit(task: ClassifierTask, workers: int, report: Report) -> None:
         ),
     )  # fmt: skip
     try:
-        trainer.fit()
+        reporting(trainer.fit, queue, report)
     except (WorkerGroupError, ControllerError) as error:
         for failure in getattr(error, "worker_failures", {}).values():
             cause = getattr(failure, "cause", failure)
@@ -55,9 +59,26 @@ def fit(task: ClassifierTask, workers: int, report: Report) -> None:
                 raise cause from None
         raise EnvironmentFault(f"train-classifier: training processes failed ({error}).") from error
     finally:
-        for row in queue.get_nowait_batch(queue.qsize()):
-            report(row)
         queue.shutdown(grace_period_s=1)
+
+
+def reporting(work: Callable[[], Any], queue: Any, report: Report) -> None:
+    """Runs `work` in a thread and hands on, from this one, which alone Tune may know, every row that comes meanwhile.
+
+    Args:
+        queue: a `ray.util.queue.Queue`.
+
+    Raises:
+        Whatever `work` raises, once its rows are reported.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        ended = False
+        while not ended:
+            ended = bool(wait([working], LOOK_S).done)
+            for row in queue.get_nowait_batch(queue.qsize()):
+                report(row)
+        working.result()
 
 
 def train(config: dict[str, Any]) -> None:

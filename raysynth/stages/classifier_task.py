@@ -1,4 +1,4 @@
-"""What a process that trains a classifier is given, and what it calls while it trains."""
+"""What a process that trains a classifier is given, what it takes of the cluster, and what it calls meanwhile."""
 
 from __future__ import annotations
 
@@ -49,3 +49,14 @@ class ClassifierTask:
     def storage(self) -> Storage:
         """Where the artifact and the views are."""
         return self.artifact.storage
+
+
+def process_resources(compute: Compute, gpu: bool) -> dict[str, float]:
+    """What one training process takes, in Ray's words; of several each has a GPU of its own."""
+    gpus = 1.0 if (compute.classifier_workers or 1) > 1 else compute.trial_gpus
+    return {"CPU": compute.trial_cpus} | ({"GPU": gpus} if gpu else {})
+
+
+def gpus_held(compute: Compute, gpu: bool) -> float:
+    """GPUs that all processes of one classifier hold while it trains."""
+    return (compute.classifier_workers or 1) * process_resources(compute, gpu).get("GPU", 0.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 from raysynth.core.identity import sha256_bytes
 from raysynth.stages.classifier_loop import HISTORY, MODEL, Loop
-from raysynth.stages.classifier_task import ClassifierTask, Report
+from raysynth.stages.classifier_task import ClassifierTask, Report, gpus_held
 from raysynth.stages.training_loop import threads
 
 
@@ -50,7 +50,7 @@ def commit(task: ClassifierTask) -> dict[str, Any]:
     best = [row for row in history if row["best"]][-1]
     seconds = round(history[-1].get("trained_seconds", 0.0), 3)
     artifact.commit(
-        {**task.counts, "steps": history[-1]["step"]}, gpu_seconds=seconds * task.compute.trial_gpus * task.gpu,
+        {**task.counts, "steps": history[-1]["step"]}, gpu_seconds=seconds * gpus_held(task.compute, task.gpu),
         **task.origin, facts=task.facts, best_step=best["step"], monitor=best["monitor"], value=best["value"],
         train_seconds=seconds,
     )  # fmt: skip

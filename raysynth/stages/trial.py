@@ -22,7 +22,7 @@ from raysynth.core.errors import EnvironmentFault, RaysynthError
 from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault
 from raysynth.core.lease import Lease, holder_of
-from raysynth.stages.classifier_task import ClassifierTask
+from raysynth.stages.classifier_task import ClassifierTask, process_resources
 from raysynth.stages.sweep_table import SweepTable
 from raysynth.stages.train_generator import slots
 
@@ -83,12 +83,6 @@ def trial_resources(compute: Compute, gpu: bool) -> dict[str, float]:
         # Tune refuses a trial of nothing; a byte is never scarce, a share of a CPU is what a worker then lacks.
         return {"memory": 1}
     return process_resources(compute, gpu)
-
-
-def process_resources(compute: Compute, gpu: bool) -> dict[str, float]:
-    """What one training process takes; of several each has a GPU of its own."""
-    gpus = 1.0 if (compute.classifier_workers or 1) > 1 else compute.trial_gpus
-    return {"CPU": compute.trial_cpus} | ({"GPU": gpus} if gpu else {})
 
 
 def side_by_side(compute: Compute, gpu: bool, nodes: Sequence[dict[str, float]]) -> int:
