@@ -192,7 +192,8 @@ class Sweep:
     """Key -> list of values, crossed with every arm: `sampling.guidance_scale: [1, 2, 4]`."""
     seeds: list[int] = field(default_factory=lambda: [0])
     seed_keys: list[str] = field(default_factory=lambda: ["classifier.seed"])
-    """Keys that take each seed. Adding training_set.seed also varies the real subset (and with it the generator)."""
+    """Keys that take each seed; classifier.seed is one of them, so that every seed of every arm is a training of its
+    own. Adding training_set.seed also varies the real subset (and with it the generator)."""
 
     @property
     def chosen(self) -> dict[str, Any]:

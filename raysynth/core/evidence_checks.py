@@ -125,6 +125,12 @@ def _check_sweep(e: Experiment) -> None:
     s = e.sweep
     require(bool(s.seeds), "sweep.seeds", s.seeds, "at least one seed")
     require(len(set(s.seeds)) == len(s.seeds), "sweep.seeds", s.seeds, "different seeds")
+    require(
+        len(s.seeds) == 1 or e.classifier is None or "classifier.seed" in s.seed_keys, "sweep.seed_keys", s.seed_keys,
+        "a list with classifier.seed where there are several seeds",
+        "An arm that the other keys leave alone would be one classifier, counted as several. To vary another seed "
+        "alone, make it an arm: `mix x3 b: {generator.seed: 1}`.",
+    )  # fmt: skip
     for name, changes in s.arms.items():
         require(
             changes is None or isinstance(changes, dict), f"sweep.arms[{name}]", changes, "a mapping of keys to values",

@@ -57,6 +57,7 @@ class Comparison:
     n: int
     n_patients: int
     seeds: int
+    """Classifiers of each arm, every one a training of its own."""
     difference: float | None = None
     ci_low: float | None = None
     ci_high: float | None = None
@@ -84,7 +85,8 @@ def compare(
     """Paired difference of two arms, with its interval over patients and seeds.
 
     Args:
-        arm, against: one entry a seed, in the same order of seeds.
+        arm, against: one entry a seed, in the same order of seeds. No classifier may stand for two seeds: an arm that
+            repeats itself would show no training noise.
         metric: any of `metrics.discrimination`.
         kind: `single` or `multi`.
         finding: a finding, or `macro`.

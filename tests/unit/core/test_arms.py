@@ -38,6 +38,12 @@ def test_arms_factors_and_seeds_are_crossed() -> None:
     assert not e.sweep.arms, "an arm has no arms"
 
 
+def test_one_seed_or_no_classifier_may_vary_any_key() -> None:
+    keys = {"seed_keys": ["generator.seed"]}
+    assert arms(experiment(sweep={**keys, "seeds": [3]}))[0].experiment.generator.seed == 3
+    assert len(arms(experiment(sweep={**keys, "seeds": [0, 1]}, classifier=None))) == 2
+
+
 def test_only_some_arms() -> None:
     sweep = {"arms": {"real": {"training_set.strategy": "real"}, "mix x3": {"training_set.ratio": 3}}}
     assert [a.name for a in arms(experiment(sweep={**sweep, "only": ["mix x3"]}))] == ["mix x3"]
@@ -67,6 +73,8 @@ def test_a_wrong_arm_is_named(changes: Any, text: str) -> None:
 @pytest.mark.parametrize(("sections", "text"), [
     ({"sweep": {"factors": {"sampling.steps": 5}}}, "sweep.factors.sampling.steps: .*a list of values"),
     ({"sweep": {"seeds": [1, 1]}}, "sweep.seeds"),
+    ({"sweep": {"seeds": [0, 1], "seed_keys": ["generator.seed"]}},
+     r"sweep.seed_keys: got \['generator.seed'\], must be a list with classifier.seed .* one classifier, counted"),
     ({"sweep": {"arms": {"a": {}}}, "classifier": None}, "classifier: got None.*Add `classifier: {}`"),
     ({"sweep": {"arms": {"a": {}, "b": {}}}, "evaluation": {"primary": {"arm": "a", "against": "c"}}},
      "evaluation.primary.against: got 'c', must be an arm"),
