@@ -10,7 +10,8 @@ on the same images) and Var the sampling variance of one estimate of size m from
     auroc (Hanley & McNeil, Radiology 143, 1982), with Q1 = m / (2 - m), Q2 = 2 m^2 / (1 + m):
         (m (1 - m) + (n_pos - 1)(Q1 - m^2) + (n_neg - 1)(Q2 - m^2)) / (n_pos n_neg)
     accuracy: m (1 - m) / (n_pos + n_neg)          recall, auprc: m (1 - m) / n_pos          specificity: .. / n_neg
-    balanced_accuracy: m (1 - m) (1 / n_pos + 1 / n_neg) / 4
+    balanced_accuracy: m (1 - m) (1 / n_pos + 1 / n_neg) / 4 of one finding; in single-label data the mean of the
+        recalls of K classes, whose images are apart: sum_k m (1 - m) / n_pos_k / K^2
     f1: m (1 - m) (2 - m) / (2 n_pos)
 
 auprc's is the binomial approximation of Boyd, Eng & Page (ECML 2013). f1's is the delta method on
@@ -65,6 +66,7 @@ def minimum_detectable_difference(
     metric: str,
     n_pos: int | Sequence[int],
     n_neg: int | Sequence[int],
+    kind: str = "multi",
     assumed: float = 0.8,
     correlation: float = 0.5,
     alpha: float = 0.05,
@@ -76,7 +78,8 @@ def minimum_detectable_difference(
         metric: one of `METRICS`.
         n_pos, n_neg: test images with and without the finding. Of a macro: one of each per finding; the result is
             then the mean over the findings, which is exact if their errors rise and fall together and an upper bound
-            if not.
+            if not (single-label balanced_accuracy is one estimate, not such a mean).
+        kind: `single` or `multi`.
         assumed: the metric's expected size.
         correlation: r, of the two classifiers' estimates.
 
@@ -88,6 +91,10 @@ def minimum_detectable_difference(
     positives, negatives = np.atleast_1d(n_pos), np.atleast_1d(n_neg)
     if len(positives) != len(negatives) or not len(positives):
         raise ConfigError("n_pos, n_neg", (n_pos, n_neg), "as many positives as negatives counts, at least one")
-    variances = [sampling_variance(metric, float(p), float(n), assumed) for p, n in zip(positives, negatives)]
+    recalls = kind == "single" and metric == "balanced_accuracy"
+    of = "recall" if recalls else metric
+    variances = np.array([sampling_variance(of, float(p), float(n), assumed) for p, n in zip(positives, negatives)])
+    if recalls:
+        variances = variances.sum(keepdims=True) / len(variances) ** 2
     z = norm.ppf(1 - alpha / 2) + norm.ppf(power)
-    return float(z * np.sqrt(2 * (1 - correlation) * np.asarray(variances)).mean())
+    return float(z * np.sqrt(2 * (1 - correlation) * variances).mean())

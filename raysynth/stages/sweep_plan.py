@@ -199,7 +199,7 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
     """The smallest detectable difference of the primary contrast's metric on its test set."""
     from raysynth.metrics.power import minimum_detectable_difference
 
-    v = experiment.evaluation
+    v, kind = experiment.evaluation, experiment.data.labels.kind
     own = v.primary.test_set == "test"
     p = pipeline if own else type(pipeline)(external_data(experiment, v.primary.test_set))
     if not p.images.complete:
@@ -207,7 +207,8 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
     table = from_parquet(p.storage.get(p.images.file("table.parquet")))
     if own:  # of an external test set every image is tested
         table = table.filter(pc.equal(table["split"], "test"))
-    labels = used_labels(table, experiment.data.labels.policy)
+    policy = (experiment if own else p.experiment).data.labels.policy
+    labels = used_labels(table, policy)
     counts = {name: (int((column == 1).sum()), int((column == 0).sum()))
               for column, name in zip(labels.T, label_names(table.schema), strict=True)
               if not v.findings or name in v.findings}  # fmt: skip
@@ -215,5 +216,5 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
     if not counts:
         return None
     n_pos, n_neg = ([n[i] for n in counts.values()] for i in (0, 1))
-    difference = minimum_detectable_difference(v.primary.metric, n_pos, n_neg)
+    difference = minimum_detectable_difference(v.primary.metric, n_pos, n_neg, kind)
     return Detectable(v.primary.metric, v.primary.test_set, list(counts), n_pos, n_neg, difference)

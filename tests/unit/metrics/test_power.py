@@ -53,6 +53,16 @@ def test_a_macro_is_the_mean_over_its_findings() -> None:
     assert minimum_detectable_difference("auroc", [20, 50], [80, 50]) == pytest.approx(np.mean(each))
 
 
+@pytest.mark.parametrize("images", [(10, 1000, 1000), (45,) * 10, (30, 170)])
+def test_balanced_accuracy_of_classes_is_the_spread_of_simulated_recalls(images: tuple[int, ...]) -> None:
+    """Two classifiers of recall 0.8 in every class, half of whose variance is shared: that of the difference is then
+    that of one."""
+    rng = np.random.default_rng(2)
+    balanced = np.mean([rng.binomial(n, 0.8, 20_000) / n for n in images], axis=0)
+    found = minimum_detectable_difference("balanced_accuracy", images, [sum(images) - n for n in images], "single")
+    assert found == pytest.approx((1.959964 + 0.841621) * balanced.std(), rel=0.02)
+
+
 def test_what_cannot_be_planned_is_refused() -> None:
     with pytest.raises(ConfigError, match="metric: got 'ece'"):
         minimum_detectable_difference("ece", 10, 10)

@@ -96,6 +96,12 @@ def test_trials_have_names_once_their_images_are_there(tmp_path: Path) -> None:
         find_trials(pipeline, pipeline.experiment)
 
 
+def test_every_seed_of_an_arm_is_a_classifier_of_its_own(tmp_path: Path) -> None:
+    arms = {s: {"training_set.strategy": s} for s in ("real", "duplicate", "real_real")}
+    pipeline = ingested(experiment(tmp_path, arms))
+    assert len({a.path for a in find_or_none(pipeline)}) == 6
+
+
 def validation_free() -> dict[str, Any]:
     return {k: ARMS[k] for k in ("real", "x1")}
 
@@ -114,6 +120,11 @@ def test_dry_run_before_and_after_ingest(tmp_path: Path) -> None:
     assert known.detectable is not None
     assert sum(known.detectable.n_pos) == 40  # the test images, no other
     assert 0.01 < known.detectable.difference < 0.5
+    recalls = experiment(tmp_path, evaluation={"min_positives": 2, "primary": {"metric": "balanced_accuracy"}})
+    of_classes = plan_of_sweep(ingested(recalls), recalls).detectable
+    assert of_classes is not None
+    # Ten classes of n_k test images each, of recall 0.8: sqrt(sum 0.16 / n_k) / 10.
+    assert of_classes.difference == pytest.approx(2.8015852 * sum(0.16 / n for n in of_classes.n_pos) ** 0.5 / 10)
     planned(pipeline)
     assert plan_of_sweep(pipeline, e) == known
 
