@@ -36,10 +36,23 @@ from raysynth.stages.predictions import (
 from raysynth.stages.train_classifier import Trial
 
 STAGE = "evaluate"
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 CONTROLS = ("duplicate", "permuted", "real_real")
 """Strategies that tell the effect of synthetic images from that of more steps, more epochs or more noise."""
 COMPARED = ("auroc", "auprc", "accuracy", "balanced_accuracy", "f1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """Two arms on one test set."""
+
+    arm: str
+    against: str
+    test_set: str
+    pairs: list[tuple[Trial, Trial]]
+    """(arm, against) of every seed that both have."""
+    confirmatory: str | None
+    """Metric of `evaluation.primary` where this is its contrast and test set."""
 
 
 def evaluate_artifact(e: Experiment, storage: Storage, trials: Sequence[Trial], sets: Sequence[TestSet]) -> Artifact:
@@ -137,52 +150,56 @@ def compare_arms(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet]
     """
     import ray
 
-    v, p = e.evaluation, e.evaluation.primary
+    asked = contrasts(e, trials, sets)
+    remote = ray.remote(max_retries=3)(compare_pair).options(num_cpus=1)
+    return comparison_table(asked, ray.get([remote.remote(c, list(sets), e.evaluation, kind) for c in asked]))
+
+
+def contrasts(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet]) -> list[Contrast]:
+    """What `compare_arms` compares, on every test set. Raises DataError as it does."""
+    p = e.evaluation.primary
     names = list(dict.fromkeys(t.arm for t in trials))
     for key, arm in (("arm", p.arm), ("against", p.against)):
         if arm and arm not in names:
             raise DataError(f"evaluation.primary.{key}", arm, f"one of {', '.join(names)}")
-    remote = ray.remote(max_retries=3)(compare_pair).options(num_cpus=1)
-    asked = []
+    found = []
     for (arm, other), t in itertools.product(pairs_of(e, trials), sets):
         mine, theirs = ({x.seed: x for x in trials if x.arm == name} for name in (arm, other))
-        common = sorted(mine.keys() & theirs.keys())
-        confirmatory = (arm, other, t.name) == (p.arm, p.against, p.test_set)
-        if common:
-            pair = [mine[s] for s in common], [theirs[s] for s in common]
-            asked.append((arm, other, confirmatory, remote.remote(*pair, list(sets), t.name, v, kind, confirmatory)))
-    rows = []
-    for arm, other, confirmatory, reference in asked:
-        for found in ray.get(reference):
-            primary = confirmatory and found["metric"] == p.metric and not found["subgroup"]
-            rows.append({"arm": arm, "against": other, **found, "primary": primary})
-    frame = pd.DataFrame(rows)
+        pairs = [(mine[s], theirs[s]) for s in sorted(mine.keys() & theirs.keys())]
+        confirmatory = p.metric if (arm, other, t.name) == (p.arm, p.against, p.test_set) else None
+        if pairs:
+            found.append(Contrast(arm, other, t.name, pairs, confirmatory))
+    return found
+
+
+def comparison_table(asked: Sequence[Contrast], found: Sequence[Sequence[dict[str, Any]]]) -> pd.DataFrame:
+    """`comparisons.parquet` of what `compare_pair` found for each contrast."""
+    frame = pd.DataFrame([
+        {"arm": c.arm, "against": c.against, **row, "primary": row["metric"] == c.confirmatory and not row["subgroup"]}
+        for c, rows in zip(asked, found, strict=True) for row in rows
+    ])  # fmt: skip
     if frame.empty:
         return frame
-    frame["p_holm"] = frame["p"]
+    frame["p_holm"] = frame["p"].astype(float)
     for _, group in frame[~frame["primary"]].groupby(["test_set", "metric"]):
-        frame.loc[group.index, "p_holm"] = holm(group["p"].astype(object).where(group["p"].notna(), None).tolist())
+        adjusted = holm([None if pd.isna(p) else p for p in group["p"]])
+        frame.loc[group.index, "p_holm"] = pd.Series(adjusted, group.index, dtype=float)
     return frame
 
 
 def compare_pair(
-    arm: Sequence[Trial], against: Sequence[Trial], sets: Sequence[TestSet], test_set: str, evaluation: Evaluation,
-    kind: str, subgroups: bool,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The paired differences of two arms on one test set, trials paired by seed; runs in a Ray task.
-
-    Args:
-        subgroups: also the primary metric in every subgroup.
-    """
+    contrast: Contrast, sets: Sequence[TestSet], evaluation: Evaluation, kind: str
+) -> list[dict[str, Any]]:
+    """The paired differences of one contrast, of the confirmatory metric also in every subgroup; runs in a Ray task."""
 
     def scored(trial: Trial) -> Scored:
-        return Scored(load_predictions(trial, sets)[test_set], thresholds_of(trial, evaluation))
+        return Scored(load_predictions(trial, sets)[contrast.test_set], thresholds_of(trial, evaluation))
 
-    mine, theirs = [scored(t) for t in arm], [scored(t) for t in against]
+    mine, theirs = ([scored(pair[i]) for pair in contrast.pairs] for i in (0, 1))
     wanted = [(metric, "") for metric in COMPARED]
-    if subgroups:
+    if contrast.confirmatory:
         found = groups(read_sample(mine[0].predictions, kind), evaluation.subgroups)
-        wanted += [(evaluation.primary.metric, name) for name in found if name]
+        wanted += [(contrast.confirmatory, name) for name in found if name]
     return [
         dataclasses.asdict(compare(mine, theirs, metric, evaluation, kind, subgroup=name)) for metric, name in wanted
     ]

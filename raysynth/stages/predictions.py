@@ -30,7 +30,7 @@ from raysynth.stages.train_classifier import Trial
 from raysynth.stages.views import build_view, open_view_folder
 
 STAGE = "predictions"
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def predictions_artifact(trial: Trial, sets: Sequence[TestSet]) -> Artifact:
     """Where one classifier's predictions on these test sets are."""
     inputs = {"classifier": trial.classifier.digest(), **{f"test set {t.name}": t.images.digest() for t in sets}}
     name = trial.classifier.name
-    config = {"sets": [t.name for t in sets]}
+    # The label policy decides the truth that is stored beside the probabilities.
+    policies = {t.name: t.experiment.data.labels.policy for t in sets}
+    config = {"sets": {name: {k: v for k, v in p.items() if v != "ignore"} for name, p in policies.items()}}
     return Artifact.at(trial.classifier.storage, STAGE, name, STAGE_VERSION, config, inputs)
 
 
@@ -106,10 +108,7 @@ def predict_missing(e: Experiment, storage: Storage, trials: Sequence[Trial], se
         work.append((trial, predictions_artifact(trial, sets), folders))
     gpu = e.compute.use_gpu is not False and ray.cluster_resources().get("GPU", 0) >= 1
     remote = ray.remote(max_retries=3)(predict).options(num_cpus=1, num_gpus=e.compute.trial_gpus if gpu else 0)
-    waiting = {
-        remote.remote(storage, f"{t.classifier.path}/model", a, f, dict(e.data.labels.policy), e.compute.cache, gpu)
-        for t, a, f in work
-    }  # fmt: skip
+    waiting = {remote.remote(storage, f"{t.classifier.path}/model", a, f, e.compute.cache, gpu) for t, a, f in work}
     with Progress("predict", len(waiting), "classifiers") as progress:
         while waiting:
             done, rest = ray.wait(list(waiting), timeout=5)
@@ -118,14 +117,13 @@ def predict_missing(e: Experiment, storage: Storage, trials: Sequence[Trial], se
             progress.advance(len(done))
 
 
-def predict(
-    storage: Storage, model: str, artifact: Artifact, views: Mapping[str, str], policy: dict[str, str], cache: str,
-    gpu: bool,
-) -> None:  # fmt: skip
+def predict(storage: Storage, model: str, artifact: Artifact, views: Mapping[str, str], cache: str, gpu: bool) -> None:
     """Writes one classifier's predictions on every test set; runs in a Ray task.
 
     Args:
-        model: folder of the exported classifier. views: test set -> folder of its view; both below the root.
+        model: folder of the exported classifier, below the root.
+        artifact: as of `predictions_artifact`; the truth follows the label policies in its identity.
+        views: test set -> folder of its view, below the root.
     """
     from raysynth.models.classifier_export import load_classifier
 
@@ -134,7 +132,7 @@ def predict(
     counts = {}
     for name, folder in views.items():
         view = open_view_folder(storage, folder, cache)
-        table = truth(view.index, name, classes, policy)
+        table = truth(view.index, name, classes, artifact.identity["config"]["sets"][name])
         said = [predictor.predict(view.images(range(i, min(i + 4096, len(view))))) for i in range(0, len(view), 4096)]
         artifact.put(f"{name}.parquet", to_parquet(with_probabilities(table, np.concatenate(said), classes)))
         counts[name] = len(view)
