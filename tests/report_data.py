@@ -92,7 +92,8 @@ def arms() -> pd.DataFrame:
         {"arm": arm, "strategy": strategy, "ratio": ratio, "n_real": 500 if strategy == "upper_bound" else 100,
          "n_synth": n_synth if strategy != "duplicate" else 0, "n_validation": 180,
          "n_real_generator": 500 if strategy in ("mix", "pretrain") else None, "train_on": "donor",
-         "n_unseen": 400 if strategy in ("mix", "pretrain") else 0, "gradient_steps": 600, "batch_size": 64,
+         "n_unseen": 400 if strategy in ("mix", "pretrain") else 0, "gradient_steps": 600, "most_steps": 600,
+         "step_budget": 600, "batch_size": 64,
          "architecture": "resnet18", "init": "scratch", "seeds": 3, "changes": f"training_set.strategy: {strategy}"}
         for arm, (strategy, ratio, n_synth, _) in ARMS.items()
     ]  # fmt: skip

@@ -6,6 +6,7 @@ output: the same, checked, with the arms in one order and the metric table summe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "cost": ("stage", "arm", "seconds", "images", "images_per_s", "gpu_seconds", "cost"),
     "arms": (
         "arm", "strategy", "ratio", "n_real", "n_synth", "n_validation", "n_real_generator", "train_on", "n_unseen",
-        "gradient_steps", "batch_size", "architecture", "init", "seeds", "changes",
+        "gradient_steps", "most_steps", "step_budget", "batch_size", "architecture", "init", "seeds", "changes",
     ),
     "provenance": ("stage", "folder", "digest", "git commit", "dirty", "versions", "seconds"),
 }  # fmt: skip
@@ -73,7 +74,8 @@ class ReportData:
     cost: pd.DataFrame = field(default_factory=pd.DataFrame)
     arms: pd.DataFrame = field(default_factory=pd.DataFrame)
     """One row an arm, in the order to be shown; `n_unseen`: real images that the generator saw and the classifier did
-    not; `changes`: in words."""
+    not; `gradient_steps` and `most_steps`: the fewest and most optimizer steps that one of its seeds took, of
+    `step_budget`; `changes`: in words."""
     provenance: pd.DataFrame = field(default_factory=pd.DataFrame)
     notes: list[str] = field(default_factory=list)
     """Sentences: quarantined images, licences, withheld metrics."""
@@ -123,9 +125,14 @@ class ReportData:
 
     @property
     def repeated(self) -> dict[str, int]:
-        """What the trials repeat -> how often, such as {"training seeds": 3}."""
-        counts = {word: int(self.metrics[column].nunique()) for column, word in SEEDS.items()}
-        return {word: n for word, n in counts.items() if n > 1}
+        """What the trials of an arm repeat -> how often, such as {"training seeds": 3}."""
+        return self.repeated_by(self.arm_names)
+
+    def repeated_by(self, arms: Sequence[str]) -> dict[str, int]:
+        """`repeated` of these arms; of the one that repeats most, where they differ."""
+        own = self.metrics[self.metrics["arm"].isin(arms)].groupby("arm")
+        counts = {word: own[column].nunique().max() for column, word in SEEDS.items()}
+        return {word: int(n) for word, n in counts.items() if n > 1}
 
     def arm(self, name: str) -> dict[str, Any]:
         """The row of an arm; empty where the table of arms does not have it."""

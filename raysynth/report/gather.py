@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import resolved
+from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import plain
 from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet
@@ -32,14 +34,15 @@ if TYPE_CHECKING:
     from raysynth.stages.train_classifier import Trial
 
 STAGE = "report"
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 def write_report(pipeline: Pipeline) -> Artifact:
     """Writes page and tables unless they are there. Raises EnvironmentFault if `evaluate` is not complete."""
     evaluated, fidelities = pipeline.evaluated, pipeline.measure_fidelity()
     inputs = {"evaluate": evaluated.digest(), **{f"fidelity {i}": a.digest() for i, a in enumerate(fidelities)}}
-    artifact = Artifact.at(pipeline.storage, STAGE, pipeline.experiment.name, STAGE_VERSION, {}, inputs)
+    e = pipeline.experiment
+    artifact = Artifact.at(pipeline.storage, STAGE, e.name, STAGE_VERSION, {"experiment": shown_of(e)}, inputs)
     if artifact.complete:
         return artifact
     data = gather(pipeline, evaluated, fidelities)
@@ -50,10 +53,15 @@ def write_report(pipeline: Pipeline) -> Artifact:
     return artifact
 
 
+def shown_of(e: Experiment) -> Experiment:
+    """What the page shows of the experiment itself: all but the place and the resources, which make no other page."""
+    return replace(e, root="", compute=Compute(price_per_gpu_hour=e.compute.price_per_gpu_hour))
+
+
 def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifact]) -> ReportData:
     """Everything the page shows."""
     e, trials = pipeline.experiment, pipeline.trials
-    runs = [t.classifier.run_info() for t in trials]
+    facts = [t.facts for t in trials]
     metrics = _table(evaluated, "metrics.parquet")
     p = e.evaluation.primary
     rendered = pipeline.rendered
@@ -69,9 +77,9 @@ def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifac
         reliability=_reliability(pipeline, trials),
         fidelity=_fidelity(fidelities, rendered),
         cost=_cost(made, e.compute.price_per_gpu_hour),
-        arms=_arms(pipeline, trials, runs),
+        arms=_arms(pipeline, trials, facts),
         provenance=_provenance([*made, ("evaluate", evaluated), *(("fidelity", a) for a in fidelities)]),
-        notes=_notes(pipeline, metrics, runs),
+        notes=_notes(pipeline, metrics, facts),
         sheets=[(_sheet_words(q), q.storage.get(write_contact_sheet(q))) for q in rendered.values()],
         primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
         confidence=e.evaluation.confidence,
@@ -89,15 +97,17 @@ def _by_arm(trials: Sequence[Trial]) -> dict[str, list[Trial]]:
     return found
 
 
-def _arms(pipeline: Pipeline, trials: Sequence[Trial], runs: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    facts = {id(t): r["facts"] for t, r in zip(trials, runs, strict=True)}
+def _arms(pipeline: Pipeline, trials: Sequence[Trial], facts: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    known = {id(t): f for t, f in zip(trials, facts, strict=True)}
     settings = {arm.name: arm.settings for arm, _ in pipeline.arm_pipelines}
     rows = []
     for name, mine in _by_arm(trials).items():
-        first = facts[id(mine[0])]
+        first, steps = known[id(mine[0])], [known[id(t)]["gradient_steps"] for t in mine]
+        classifier = mine[0].experiment.classifier
         changes = ", ".join(f"{k} {plain(v, k)}" for k, v in settings.get(name, {}).items())
         rows.append({**{k: v for k, v in first.items() if k != "notes"}, "arm": name, "changes": changes,
-                     "seeds": ", ".join(str(t.seed) for t in mine)})  # fmt: skip
+                     "seeds": ", ".join(str(t.seed) for t in mine), "gradient_steps": min(steps),
+                     "most_steps": max(steps), "step_budget": classifier.steps if classifier else None})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -105,37 +115,35 @@ def _confusion(pipeline: Pipeline, trials: Sequence[Trial]) -> dict[str, tuple[n
     from raysynth.metrics.metric_table import confusion
 
     found: dict[str, tuple[np.ndarray, list[str]]] = {}
-    for name, predictions, thresholds in _predicted(pipeline, trials):
+    for trial, predictions, thresholds in _predicted(pipeline, trials):
+        name = trial.arm
         counts, names = confusion(predictions, thresholds, pipeline.experiment.data.labels.kind)
         found[name] = (counts + found[name][0] if name in found else counts, names)
     return found
 
 
-def _predicted(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Any, dict[str, float]]]:
-    """Arm, predictions on the primary test set and thresholds of every trial."""
+def _predicted(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[Trial, Any, dict[str, float]]]:
+    """Every trial with its predictions on the primary test set and its thresholds."""
     from raysynth.stages.predictions import load_predictions, open_test_sets, thresholds_of
 
     e = pipeline.experiment
     sets = open_test_sets(e, pipeline.storage, pipeline.images)
     wanted = e.evaluation.primary.test_set
-    return [(t.arm, load_predictions(t, sets)[wanted], thresholds_of(t, e.evaluation)) for t in trials]
+    return [(t, load_predictions(t, sets)[wanted], thresholds_of(t, e.evaluation)) for t in trials]
 
 
 def _reliability(pipeline: Pipeline, trials: Sequence[Trial]) -> pd.DataFrame:
-    import pyarrow as pa
-
+    """Each seed by itself: its images, counted once, are what the intervals take as independent."""
     from raysynth.core.schemas import TRUE
     from raysynth.metrics.calibration import reliability
 
-    tables: dict[str, list[Any]] = {}
-    for name, predictions, _ in _predicted(pipeline, trials):
-        tables.setdefault(name, []).append(predictions)
     frames = []
-    for name, parts in tables.items():
-        whole = pa.concat_tables(parts)
-        for finding in (n.removeprefix(TRUE) for n in whole.column_names if n.startswith(TRUE)):
-            frame = reliability(whole, finding).to_pandas().rename(columns={"mean_probability": "predicted"})
-            frames.append(frame.assign(arm=name, finding=finding))
+    confidence = pipeline.experiment.evaluation.confidence
+    for trial, predictions, _ in _predicted(pipeline, trials):
+        for finding in (n.removeprefix(TRUE) for n in predictions.column_names if n.startswith(TRUE)):
+            frame = reliability(predictions, finding, confidence=confidence).to_pandas()
+            frame = frame.rename(columns={"mean_probability": "predicted"})
+            frames.append(frame.assign(arm=trial.arm, seed=trial.seed, finding=finding))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -184,19 +192,10 @@ def _made(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Artifa
 
 def _cost(made: Sequence[tuple[str, Artifact]], price: float | None) -> pd.DataFrame:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    sets = set()
-    for words, artifact in made:
-        stage, _, arm = words.partition(": ")
-        run = artifact.run_info()
+    for stage, arm, run in _paid(made):
         counts = run["counts"]
         seconds = run.get("train_seconds") or run.get("render_seconds") or run["seconds"]
         images = {"ingest": counts.get("images"), "generate": counts.get("ok")}.get(stage)
-        if stage == "generate":
-            # Smaller selections of a plan are listed by the largest, which alone is complete in a sweep.
-            key = (run["synthetic_set"], run["inputs"]["plan"])
-            if key in sets:
-                continue
-            sets.add(key)
         empty = {"stage": stage, "arm": arm, "seconds": 0.0, "images": 0, "gpu_seconds": 0.0}
         row = rows.setdefault((stage, arm), empty)
         row["seconds"] += seconds
@@ -207,6 +206,19 @@ def _cost(made: Sequence[tuple[str, Artifact]], price: float | None) -> pd.DataF
         row["images"] = row["images"] or None
         row["cost"] = row["gpu_seconds"] / 3600 * price if price is not None else None
     return pd.DataFrame(rows.values())
+
+
+def _paid(made: Sequence[tuple[str, Artifact]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Stage, arm and run.json of each artifact; of several selections of one plan the largest, which has the others'
+    images too."""
+    found: dict[Any, tuple[str, str, dict[str, Any]]] = {}
+    for words, artifact in made:
+        stage, _, arm = words.partition(": ")
+        run = artifact.run_info()
+        key = (run["synthetic_set"], run["inputs"]["plan"]) if stage == "generate" else artifact.path
+        if key not in found or run["counts"]["wanted"] > found[key][2]["counts"]["wanted"]:
+            found[key] = (stage, arm, run)
+    return list(found.values())
 
 
 def _provenance(made: Sequence[tuple[str, Artifact]]) -> pd.DataFrame:
@@ -221,22 +233,25 @@ def _provenance(made: Sequence[tuple[str, Artifact]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _notes(pipeline: Pipeline, metrics: pd.DataFrame, runs: Sequence[dict[str, Any]]) -> list[str]:
+def _notes(pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, Any]]) -> list[str]:
     e = pipeline.experiment
     counts = pipeline.images.run_info()["counts"]
     used, left_out = counts["images"], sum(counts["quarantined"].values())
     notes = [f"Real images: {used:,} used, {left_out:,} quarantined with a reason. "
              f"Licence: {e.data.licence or 'not given'}."]  # fmt: skip
-    validation = runs[0]["facts"]["n_validation"]
-    notes.append(f"Checkpoints and thresholds were chosen on {validation:,} real validation images, which count as "
-                 "real data used; no test image was read for any choice.")  # fmt: skip
+    least, most = (f(known["n_validation"] for known in facts) for f in (min, max))
+    chosen_on = f"{least:,} real validation images"
+    if least != most:
+        chosen_on = f"{least:,} to {most:,} real validation images an arm"
+    notes.append(f"Checkpoints and thresholds were chosen on {chosen_on}, which count as real data used; no test image "
+                 "was read for any choice.")  # fmt: skip
     withheld = metrics[metrics["value"].isna()]
     if len(withheld):
         groups = withheld.drop_duplicates(["finding", "subgroup", "test_set"])
         notes.append(f"{len(groups):,} combinations of finding, subgroup and test set have fewer than "
                      f"{e.evaluation.min_positives} positives or negatives and are withheld.")  # fmt: skip
-    notes += list(dict.fromkeys(note for run in runs for note in run["facts"].get("notes", [])))
-    if "duplicate" in {run["facts"]["strategy"] for run in runs}:
+    notes += list(dict.fromkeys(note for known in facts for note in known.get("notes", [])))
+    if "duplicate" in {known["strategy"] for known in facts} and len({known["gradient_steps"] for known in facts}) == 1:
         notes.append("All arms take the same number of optimizer steps: repeating the real images then changes their "
                      "order and little else, and the duplicate arm measures that little.")  # fmt: skip
     return notes
@@ -261,7 +276,7 @@ def show_answer(pipeline: Pipeline, report: Artifact) -> None:
         first, seeds = rows.iloc[0], str(rows["run"].nunique())
         table.add_row(str(arm), f"{first['n_real']:.0f}", f"{first['n_synth']:.0f}", *cells, seeds)
     console.print(table)
-    from raysynth.report.words import answer
+    from raysynth.report.answer import answer
 
     evaluated = pipeline.evaluated
     say(answer(gather_answer(pipeline, evaluated)).headline)
@@ -277,7 +292,7 @@ def gather_answer(pipeline: Pipeline, evaluated: Artifact) -> ReportData:
     return ReportData(
         name=e.name, created="", metrics=_table(evaluated, "metrics.parquet"),
         comparisons=_table(evaluated, "comparisons.parquet"),
-        arms=_arms(pipeline, trials, [t.classifier.run_info() for t in trials]),
+        arms=_arms(pipeline, trials, [t.facts for t in trials]),
         primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
         confidence=e.evaluation.confidence,
     )  # fmt: skip

@@ -15,11 +15,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from raysynth.report import figures, origins, panels, tables
+from raysynth.report.answer import answer
 from raysynth.report.data import ReportData
 from raysynth.report.downloads import downloads
 from raysynth.report.drawing import Drawing
 from raysynth.report.tables import Table
-from raysynth.report.words import answer, plural
+from raysynth.report.words import plural
 
 MOST_SHEETS = 3_000_000
 """Bytes of contact sheets; those beyond are named, not shown, so that the page can be mailed."""

@@ -94,7 +94,7 @@ def arms(data: ReportData) -> Table | None:
 def recipes(data: ReportData) -> Table | None:
     """How each arm was trained."""
     rows = [
-        [r["arm"], text(r["strategy"]), count(r["gradient_steps"]), count(r["batch_size"]), count(r["n_validation"]),
+        [r["arm"], text(r["strategy"]), _steps(r), count(r["batch_size"]), count(r["n_validation"]),
          text(r["seeds"]), text(r["architecture"]), text(r["init"]), text(r["changes"])]
         for r in data.arms.to_dict("records")
     ]  # fmt: skip
@@ -102,6 +102,12 @@ def recipes(data: ReportData) -> Table | None:
             "what differs"]  # fmt: skip
     return table("recipes", "Training of every arm. Optimizer steps times batch is its compute.", head, rows,
                   ["strategy", "what differs", "architecture", "start"])  # fmt: skip
+
+
+def _steps(arm: dict[str, Any]) -> str:
+    """`600`; `30 to 45 of 60` where early stopping ended a seed."""
+    least, most, budget = (count(arm[k]) for k in ("gradient_steps", "most_steps", "step_budget"))
+    return (least if least == most else f"{least} to {most}") + (f" of {budget}" if least != budget else "")
 
 
 def _shaded(

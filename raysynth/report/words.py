@@ -1,20 +1,16 @@
-"""The answer in words: what the primary contrast showed, what it did not, and what its interval leaves out.
+"""How the page writes numbers, names and lists, and what counts as shown.
 
-A difference counts as shown when the interval excludes 0 and, where there is a test, p is below 1 - confidence. Not
-shown is never told as "no effect" (Altman and Bland 1995, "Absence of evidence is not evidence of absence").
+A difference counts as shown when the interval excludes 0 and, where there is a test, p is below 1 - confidence.
 
-Does not know how the numbers were made or how the page looks. Input: `ReportData`; output: plain sentences.
+Knows no table and no sentence. Input: values; output: words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
-
-from raysynth.report.data import MACRO, ReportData
 
 METRICS = {
     "auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "ece": "calibration error (ECE)", "brier": "Brier score",
@@ -25,29 +21,6 @@ METRICS = {
 }  # fmt: skip
 """Words for metrics whose key is not already one."""
 LOWER_IS_BETTER = ("ece", "mce", "brier", "loss", "log_loss", "nll", "fpr", "fnr", "underdiagnosis", "overdiagnosis")
-
-CONTROLS = {
-    "duplicate": "real images repeated instead of synthetic ones",
-    "permuted": "synthetic images with shuffled labels",
-    "real_real": "two stages, both on real images",
-}
-CONTROLS_OF = {
-    "mix": ("duplicate", "permuted"), "synthetic": ("permuted",), "pretrain": ("duplicate", "real_real", "permuted"),
-}  # fmt: skip
-"""Strategy -> controls that tell its effect from more steps, more epochs or more noise."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The top of the page."""
-
-    question: str
-    headline: str
-    verdict: str
-    """better, worse, open (not shown either way) or none (nothing was tested)."""
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    shown: list[str] = field(default_factory=list)
-    not_shown: list[str] = field(default_factory=list)
 
 
 def metric_words(metric: str) -> str:
@@ -103,6 +76,11 @@ def listed(items: Sequence[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
+def quoted(names: Sequence[str]) -> str:
+    """`“a”, “b” and “c”`."""
+    return listed([f"“{a}”" for a in names])
+
+
 def is_shown(row: Any, confidence: float, p: str = "p") -> bool:
     """Whether the interval and, where there is one, the test exclude a difference of 0."""
     if pd.isna(row["difference"]):
@@ -112,180 +90,3 @@ def is_shown(row: Any, confidence: float, p: str = "p") -> bool:
     if pd.isna(row[p]):
         return bool(known and outside)
     return bool(row[p] < 1 - confidence and (outside or not known))
-
-
-def answer(data: ReportData) -> Answer:
-    """The question, the verdict and its limits."""
-    if data.primary is None:
-        return Answer(
-            "Do the synthetic images help the classifier?",
-            "No contrast was named before the run, so nothing here is confirmatory.", "none",
-            not_shown=[
-                "Every difference below is exploratory: with many comparisons some will look large by chance. Name "
-                "one contrast in evaluation.primary and judge it on data not looked at yet.",
-                *_limits(data),
-            ],
-        )  # fmt: skip
-    primary = data.primary
-    arm, against, metric = primary["arm"], primary["against"], metric_words(primary["metric"])
-    question = (
-        f"Does a classifier trained as “{arm}” do better than one trained as “{against}”? Judged by {metric}, averaged "
-        f"over the findings, on the test set “{primary['test_set']}”, as named before the run."
-    )
-    rows = data.contrasts(**primary, subgroup="")
-    rows = rows[rows["primary"].fillna(False).astype(bool)]
-    if not len(rows):
-        return Answer(
-            question, "The primary contrast could not be computed.", "none",
-            not_shown=[f"No paired comparison of “{arm}” with “{against}” is in the results: an arm or its "
-                       "predictions are missing."],
-        )  # fmt: skip
-    row = rows.iloc[0]
-    if pd.isna(row["difference"]):
-        return Answer(
-            question, f"Withheld: the test set has too few cases for {metric}.", "none",
-            not_shown=["Below the least number of positives (evaluation.min_positives) a value says more about which "
-                       "patients happened to be tested than about the classifiers."],
-        )  # fmt: skip
-    verdict = "open"
-    if is_shown(row, data.confidence):
-        verdict = "better" if (row["difference"] > 0) == higher_is_better(primary["metric"]) else "worse"
-    return Answer(
-        question, _headline(row, metric, verdict), verdict, _facts(data, row), _shown(data, row, metric, verdict),
-        [*_not_shown(data, row, metric, verdict), *_limits(data, row)],
-    )  # fmt: skip
-
-
-def _headline(row: Any, metric: str, verdict: str) -> str:
-    size = f"{metric} {number(row['difference'], sign=True)}"
-    return {
-        "better": f"Yes, on this test set: “{row['arm']}” did better than “{row['against']}” ({size}).",
-        "worse": f"No: “{row['arm']}” did worse than “{row['against']}” ({size}).",
-        "open": f"Not shown: the difference between “{row['arm']}” and “{row['against']}” ({size}) could be chance.",
-    }[verdict]
-
-
-def _facts(data: ReportData, row: Any) -> list[tuple[str, str]]:
-    values = data.averages(metric=row["metric"], test_set=row["test_set"], subgroup="").set_index("arm")["value"]
-    percent = f"{100 * data.confidence:g} %"
-    detectable = row["minimum_detectable_difference"]
-    return [
-        *((f"{metric_words(row['metric'])} of “{a}”", number(values[a]))
-          for a in (row["arm"], row["against"]) if a in values),
-        ("difference", number(row["difference"], sign=True)),
-        (f"{percent} interval", interval(row["ci_low"], row["ci_high"], sign=True)),
-        ("test", p_words(row["p"]) if not pd.isna(row["p"]) else "none; judged by the interval"),
-        ("test images", count(row["n"])), ("test patients", count(row["n_patients"])), ("seeds", count(row["seeds"])),
-        ("minimum detectable difference", number(detectable) if not pd.isna(detectable) else "not known"),
-    ]  # fmt: skip
-
-
-def _shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[str]:
-    """What holds up."""
-    spread = interval(row["ci_low"], row["ci_high"], sign=True)
-    if verdict == "open":
-        known = not pd.isna(row["ci_low"])
-        return [f"Differences of {metric} from {spread} are compatible with these data."] if known else []
-    better = "higher" if row["difference"] > 0 else "lower"
-    test = f"; {p_words(row['p'])}" if not pd.isna(row["p"]) else ""
-    seeds = 1 if pd.isna(row["seeds"]) else int(row["seeds"])
-    over = "over test patients" + (f" and {seeds} training seeds" if seeds > 1 else "")
-    size, percent = number(abs(row["difference"])), f"{100 * data.confidence:g} %"
-    return [
-        f"On {count(row['n_patients'])} test patients the {metric} of “{row['arm']}” was {better} than that of "
-        f"“{row['against']}” by {size} ({percent} interval {spread}, {over}{test})."
-    ]
-
-
-def _not_shown(data: ReportData, row: Any, metric: str, verdict: str) -> list[str]:
-    """What the verdict must not be read as."""
-    size, least, level = abs(row["difference"]), row["minimum_detectable_difference"], 1 - data.confidence
-    said = []
-    if verdict == "open":
-        said.append("That there is no effect: a result that is not significant cannot tell “no difference” from “too "
-                    "few patients to see one”.")  # fmt: skip
-        if not pd.isna(least):
-            said.append(f"That there is no difference smaller than {number(least)}: a true difference of that size is "
-                        "found in four of five such tests, a smaller one less often, so one cannot be "
-                        "excluded.")  # fmt: skip
-        excluded = row["ci_low"] > 0 or row["ci_high"] < 0
-        if not pd.isna(row["p"]) and (row["p"] < level) != excluded:
-            said.append(f"A clear result: the interval ({interval(row['ci_low'], row['ci_high'], sign=True)}) and the "
-                        f"test ({p_words(row['p'])}) disagree, so the difference counts as not shown.")  # fmt: skip
-    elif not pd.isna(least) and size < least:
-        said.append(f"How large the difference is: it is below what this test set reliably detects ({number(least)}), "
-                    "and differences that are found although they are that small tend to be overstated.")  # fmt: skip
-    part = str(row["finding"]).removeprefix(MACRO).strip()
-    if part:
-        said.append(f"Anything about the findings left out of the average: {part}, for too few cases in the test set.")
-    return [*said, *_unseen_words(data, row["arm"]), *_control_words(data, row)]
-
-
-def _unseen_words(data: ReportData, arm: str) -> list[str]:
-    """The real images behind the synthetic ones that the classifier was not given."""
-    known = data.arm(arm).get("n_unseen")
-    if known is not None and pd.isna(known):
-        return ["That the gain is free of further real images: which ones the generator saw is not known."]
-    if known is None or known <= 0:
-        return []
-    said = (
-        f"That the gain is free of further real images: the generator saw {plural(int(known), 'real image')} that the "
-        f"classifier of “{arm}” did not."
-    )
-    values = data.averages(metric=data.metric, test_set=data.test_set, subgroup="").set_index("arm")
-    bounds = [
-        f"{number(values.loc[a, 'value'])} (“{a}”, {interval(values.loc[a, 'ci_low'], values.loc[a, 'ci_high'])})"
-        for a in data.with_strategy("upper_bound") if a in values.index
-    ]  # fmt: skip
-    if bounds:
-        return [f"{said} A classifier given those real images themselves reached {metric_words(data.metric)} "
-                f"{listed(bounds)}."]  # fmt: skip
-    return [f"{said} No arm was trained on those real images themselves, so what they alone are worth is not known."]
-
-
-def _control_words(data: ReportData, row: Any) -> list[str]:
-    """How the arm stands against the controls that would explain a gain otherwise."""
-    relevant = CONTROLS_OF.get(data.arm(row["arm"]).get("strategy", ""), ())
-    controls = [(c, CONTROLS[s]) for s in relevant for c in data.with_strategy(s)]
-    if relevant and not controls:
-        words = " nor ".join(CONTROLS[s] for s in relevant)
-        return [f"That it takes synthetic images: no control ({words}) was trained."]
-    values = data.averages(metric=row["metric"], test_set=row["test_set"], subgroup="").set_index("arm")["value"]
-    said = []
-    for control, words in controls:
-        found = data.contrasts(
-            arm=row["arm"], against=control, metric=row["metric"], test_set=row["test_set"], subgroup=""
-        )
-        claim = f"That it does better than the control “{control}” ({words})"
-        if len(found) and not is_shown(found.iloc[0], data.confidence, "p_holm"):
-            size, spread = found.iloc[0]["difference"], (found.iloc[0]["ci_low"], found.iloc[0]["ci_high"])
-            said.append(f"{claim}: the difference is {number(size, sign=True)} ({interval(*spread, sign=True)}), "
-                        f"{p_words(found.iloc[0]['p_holm'])} after Holm’s correction.")  # fmt: skip
-        elif not len(found) and control in values and row["arm"] in values:
-            said.append(f"{claim}: the two were not tested as a pair; they reached {number(values[row['arm']])} and "
-                        f"{number(values[control])}.")  # fmt: skip
-    return said
-
-
-def _limits(data: ReportData, row: Any = None) -> list[str]:
-    """What no interval here covers."""
-    repeated = data.repeated
-    fixed = [w for w in ("real subsets", "generator seeds", "splits") if w not in repeated]
-    words = {"real subsets": "another choice of real training images", "generator seeds": "another generator",
-             "splits": "another split"}  # fmt: skip
-    said = []
-    seeds = repeated.get("training seeds", 1) if row is None or pd.isna(row["seeds"]) else int(row["seeds"])
-    if seeds <= 1 and len(data.metrics):
-        said.append("What training again would give: there is one seed an arm, and part of a difference between two "
-                    "single trainings is the luck of their initial weights and order.")  # fmt: skip
-    if fixed and len(data.metrics):
-        said.append(f"What {listed([words[w] for w in fixed])} would give: "
-                    + (f"only {listed([f'{n} {w}' for w, n in repeated.items()])} were tried, and " if repeated else "")
-                    + "the intervals do not cover it.")  # fmt: skip
-    steps = data.arms["gradient_steps"].dropna().unique()
-    if len(steps) > 1:
-        said.append(f"That the arms had equal compute: their optimizer steps range from {count(min(steps))} to "
-                    f"{count(max(steps))}.")  # fmt: skip
-    if len(data.test_sets) == 1:
-        said.append("What images of other hospitals or devices would give: there is one test set.")
-    return said

@@ -113,7 +113,7 @@ def judge_trial(trial: Trial, sets: Sequence[TestSet], evaluation: Evaluation, k
     tables = [judge(p, thresholds, evaluation, kind) for p in said]
     tables += [underdiagnosis(p, thresholds, evaluation, kind) for p in said]
     rows = pa.concat_tables(tables)
-    facts = {**trial.classifier.run_info()["facts"], "run": trial.classifier.path, "arm": trial.arm}
+    facts = {**trial.facts, "run": trial.classifier.path, "arm": trial.arm}
     schema = metric_schema()
     columns = {}
     for f in schema:

@@ -55,6 +55,12 @@ class Trial:
         """Arm and seed, in words."""
         return f"{self.arm}, seed {self.seed}"
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """`trial_facts` of the trained classifier, and `gradient_steps`: those it took, early stopping included."""
+        run = self.classifier.run_info()
+        return {**run["facts"], "gradient_steps": run["counts"]["steps"]}
+
 
 def synthetic_rows(plan: pa.Table, generated: Artifact) -> pa.Table:
     """The plan's rows that were rendered and accepted, by rank."""
@@ -170,7 +176,7 @@ def trial_facts(e: Experiment, generated: Artifact | None, members: Chosen, seen
         "synthetic_set": generated_run.get("synthetic_set"),
         "guidance_scale": e.sampling.guidance_scale if rendered else None,
         "sampling_steps": e.sampling.steps if rendered else None,
-        "gradient_steps": c.steps, "batch_size": c.batch_size, "seed_split": e.data.split.seed, "seed_subset": t.seed,
+        "batch_size": c.batch_size, "seed_split": e.data.split.seed, "seed_subset": t.seed,
         "seed_generator": e.generator.seed if used and not e.generator.path else None, "seed_classifier": c.seed,
         "fold": None,
         "notes": members.notes,

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from raysynth.report.answer import Answer, answer
 from raysynth.report.data import ReportData
-from raysynth.report.words import Answer, answer, group_words, higher_is_better, interval, number, p_words
+from raysynth.report.words import group_words, higher_is_better, interval, number, p_words
 from tests.report_data import PRIMARY, arms, comparisons, report_data
 
 SHOWN = {"difference": 0.024, "ci_low": 0.008, "ci_high": 0.040, "p": 0.004, "minimum_detectable_difference": 0.020}
@@ -120,9 +121,29 @@ def test_a_finding_left_out_of_the_average_is_named(whole: ReportData) -> None:
 
 def test_one_seed(whole: ReportData) -> None:
     a = said(whole, {**SHOWN, "seeds": 1}, metrics=whole.metrics[whole.metrics["seed_classifier"] == 0])
-    assert any("one seed an arm" in s for s in a.not_shown)
+    assert any("one training seed an arm" in s for s in a.not_shown)
     assert "over test patients;" in a.shown[0]
-    assert not any("one seed an arm" in s for s in said(whole, SHOWN).not_shown)
+    assert not any("one training seed an arm" in s for s in said(whole, SHOWN).not_shown)
+
+
+def test_only_what_was_repeated_is_called_so(whole: ReportData) -> None:
+    m = whole.metrics
+    drawn = m.assign(seed_classifier=0, seed_generator=m["seed_classifier"].where(m["arm"].str.startswith("mix")))
+    a = said(whole, SHOWN, metrics=drawn)
+    assert "over test patients and 3 generator seeds; p" in a.shown[0]
+    assert any("What training again would give: there is one training seed an arm" in s for s in a.not_shown)
+    (sentence,) = [s for s in a.not_shown if "another choice of real training images" in s]
+    assert "only 3 generator seeds were tried" in sentence
+    both = m.assign(seed_subset=m["seed_classifier"])
+    a = said(whole, SHOWN, metrics=both)
+    assert "over test patients and 3 repetitions (training seeds and real subsets); p" in a.shown[0]
+    assert not any("training again" in s for s in a.not_shown)
+    # One arm's classifier is the same for every seed.
+    once = m.assign(seed_classifier=m["seed_classifier"].where(m["arm"] != "real", 0))
+    assert any("one training seed of “real”, and" in s for s in said(whole, SHOWN, metrics=once).not_shown)
+    # Arms that differ in a seed repeat nothing.
+    fixed = m.assign(seed_subset=m["arm"].factorize()[0])
+    assert "real subsets" not in " ".join(said(whole, SHOWN, metrics=fixed).shown)
 
 
 def test_what_only_training_seeds_leave_out(whole: ReportData) -> None:
@@ -161,8 +182,12 @@ def test_controls(whole: ReportData) -> None:
 
 
 def test_unequal_compute(whole: ReportData) -> None:
-    steps = arms().assign(gradient_steps=[600] * 6 + [900])
-    assert any("600 to 900" in s for s in said(whole, SHOWN, arms=steps).not_shown)
+    steps = arms().assign(gradient_steps=[600] * 6 + [900], most_steps=[600] * 6 + [900], step_budget=[600] * 6 + [900])
+    (sentence,) = [s for s in said(whole, SHOWN, arms=steps).not_shown if "equal compute" in s]
+    assert sentence.endswith("range from 600 to 900.")
+    early = arms().assign(gradient_steps=[300, 450] + [600] * 5)
+    (sentence,) = [s for s in said(whole, SHOWN, arms=early).not_shown if "equal compute" in s]
+    assert "from 300 to 600; early stopping ended “real” and “duplicate x3” before" in sentence
     assert "equal compute" not in text(said(whole, SHOWN))
 
 

@@ -72,7 +72,7 @@ def trained(e: Experiment, arm: str, seed: int, sets: Sequence[stage.TestSet], s
     trial = Trial(arm, seed, changed, Artifact.at(storage, "train-classifier", "c", 1, {"arm": arm, "seed": seed}, {}))
     noise = seed + 10 * list(ARMS).index(arm)
     trial.classifier.put("validation.parquet", to_parquet(shifted(drawn(signal=signal, seed=100 + noise), 0.5)))
-    trial.classifier.commit({}, facts={"strategy": changed.training_set.strategy, "gradient_steps": 7})
+    trial.classifier.commit({"steps": 7}, facts={"strategy": changed.training_set.strategy})
     said = predictions_artifact(trial, sets)
     for t in sets:
         table = drawn(signal=signal, seed=noise, test_set=[t.name] * 300)

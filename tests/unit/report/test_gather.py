@@ -1,0 +1,159 @@
+"""What the page is told of stored artifacts: steps taken, images rendered, validation images, one seed's images."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from raysynth.core.artifacts import Artifact
+from raysynth.core.config import Arm, build_experiment, vary
+from raysynth.core.experiment import Experiment
+from raysynth.core.schemas import to_parquet
+from raysynth.core.storage import Storage, open_storage
+from raysynth.metrics.calibration import reliability
+from raysynth.report import write_report
+from raysynth.report.answer import answer
+from raysynth.report.data import ReportData
+from raysynth.report.gather import gather
+from raysynth.report.tables import recipes
+from raysynth.stages.evaluate import judge_trial
+from raysynth.stages.predictions import open_test_sets, predictions_artifact
+from raysynth.stages.train_classifier import Trial
+from tests.prediction_tables import digits
+
+BUDGET = 60
+ARMS: dict[str, dict[str, Any]] = {
+    "real": {"steps": (30, 35), "strategy": "real", "n_synth": 0, "validation": 30},
+    "x1": {"steps": (60, 60), "strategy": "mix", "n_synth": 30, "validation": 30},
+    "x4": {"steps": (60, 60), "strategy": "mix", "n_synth": 120, "validation": 60},
+}
+"""Real arms stopped early; x1 was rendered first, and its images are among those of x4."""
+WHOLE = build_experiment({
+    "name": "small", "data": {"kind": "digits", "licence": "CC BY 4.0"},
+    "classifier": {"steps": BUDGET, "early_stopping": 1}, "evaluation": {"bootstraps": 100, "findings": ["0", "1"]},
+})  # fmt: skip
+
+
+def classifier(storage: Storage, arm: str, seed: int) -> Artifact:
+    """As training leaves it."""
+    a = ARMS[arm]
+    found = Artifact.at(storage, "train-classifier", "small", 1, {"arm": arm, "seed": seed}, {})
+    found.put("validation.parquet", to_parquet(digits(60, seed)))
+    row = {"step": a["steps"][seed], "phase": 0, "loss": 0.5, "val_loss": 0.4, "monitor": "auroc", "value": 0.9}
+    found.put("log/history.jsonl", json.dumps(row).encode())
+    facts = {
+        "architecture": "resnet18", "init": "scratch", "strategy": a["strategy"], "ratio": a["n_synth"] / 30,
+        "n_real": 30, "n_synth": a["n_synth"], "n_validation": a["validation"], "n_real_generator": None,
+        "train_on": None, "n_unseen": 0, "batch_size": 16, "seed_split": 0, "seed_subset": 0, "seed_generator": None,
+        "seed_classifier": seed, "notes": [],
+    }  # fmt: skip
+    found.commit({"steps": a["steps"][seed]}, gpu_seconds=3600, facts=facts, train_seconds=20.0)
+    return found
+
+
+def generated(storage: Storage, wanted: int) -> Artifact:
+    """The selection of one plan's first `wanted` rows, a tenth of a second each."""
+    found = Artifact.at(storage, "generate", "small", 1, {"n_synth": wanted}, {"plan": "p"})
+    found.commit({"wanted": wanted, "ok": wanted}, synthetic_set="synthetic-sets/s", render_seconds=wanted / 10)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment], Any]:
+    """An experiment -> the finished pipeline of all arms; stands for `stages.pipeline.Pipeline`, without Ray."""
+    storage = open_storage(str(tmp_path_factory.mktemp("gather")))
+    images = Artifact.at(storage, "ingest", "small", 1, {}, {})
+    images.put("table.parquet", to_parquet(pa.table({"image_id": ["a", "b"], "split": ["train", "test"]})))
+    images.commit({"images": 2, "quarantined": {"broken": 1}})
+    sets = open_test_sets(WHOLE, storage, images)
+    trials = []
+    for arm in ARMS:
+        for seed in (0, 1):
+            trials.append(Trial(arm, seed, WHOLE, classifier(storage, arm, seed)))
+            said = predictions_artifact(trials[-1], sets)
+            said.put("test.parquet", to_parquet(digits(40 + 10 * len(arm), seed)))
+            said.commit({})
+    evaluated = Artifact.at(storage, "evaluate", "small", 1, {}, {})
+    tables = [judge_trial(t, sets, WHOLE.evaluation, "single") for t in trials]
+    evaluated.put("metrics.parquet", to_parquet(pa.concat_tables(tables)))
+    evaluated.put("comparisons.parquet", to_parquet(pa.table({})))
+    evaluated.commit({})
+
+    def of(name: str) -> tuple[Arm, Any]:
+        settings = {"training_set.strategy": ARMS[name]["strategy"]}
+        e = vary(WHOLE, settings)
+        there = generated(storage, ARMS[name]["n_synth"]) if e.training_set.needs_synthetic else None
+        return Arm(name, 0, settings, e), SimpleNamespace(
+            experiment=e, generator=images, plan=images, generated=there
+        )
+
+    arms = [of(name) for name in ARMS]
+    return lambda e: SimpleNamespace(
+        experiment=e, storage=storage, images=images, trials=trials, arm_pipelines=arms, rendered={},
+        evaluated=evaluated, measure_fidelity=list,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(pipeline: Callable[[Experiment], Any]) -> ReportData:
+    there = pipeline(WHOLE)
+    return gather(there, there.evaluated, [])
+
+
+def test_arms_are_told_with_the_steps_they_took(data: ReportData) -> None:
+    steps = data.metrics.groupby("arm")["gradient_steps"].unique().map(sorted).to_dict()
+    assert steps == {"real": [30, 35], "x1": [60], "x4": [60]}
+    table = recipes(data)
+    assert table
+    assert {r[0].text: r[2].text for r in table.rows} == {"real": "30 to 35 of 60", "x1": "60", "x4": "60"}
+    (sentence,) = [s for s in answer(data).not_shown if "equal compute" in s]
+    assert "from 30 to 60; early stopping ended “real” before all steps were taken" in sentence
+
+
+def test_of_several_selections_the_largest_is_paid(data: ReportData) -> None:
+    (row,) = data.cost[data.cost["stage"] == "generate"].to_dict("records")
+    assert (row["images"], row["seconds"]) == (120, 12.0)
+    trained = data.cost[data.cost["stage"] == "train-classifier"].set_index("arm")["seconds"]
+    assert trained.to_dict() == dict.fromkeys(ARMS, 40.0)
+
+
+def test_validation_images_of_every_arm(data: ReportData) -> None:
+    assert any("chosen on 30 to 60 real validation images an arm, which" in note for note in data.notes)
+
+
+def test_reliability_counts_an_image_once_a_seed(data: ReportData) -> None:
+    table = data.reliability
+    assert set(table.groupby(["arm", "seed", "finding"])["n"].sum()) == {600}
+    mine = table[(table["arm"] == "x4") & (table["seed"] == 1) & (table["finding"] == "3")]
+    own = reliability(digits(60, 1), "3").to_pandas()
+    np.testing.assert_array_equal(mine["ci_low"], own["ci_low"])
+    np.testing.assert_array_equal(mine["ci_high"], own["ci_high"])
+
+
+def test_the_page_follows_what_it_shows(pipeline: Callable[[Experiment], Any], tmp_path: Path) -> None:
+    first = write_report(pipeline(WHOLE))
+
+    def page(e: Experiment) -> Artifact:
+        report = write_report(pipeline(e))
+        assert write_report(pipeline(e)).path == report.path
+        return report
+
+    priced = page(vary(WHOLE, {"compute.price_per_gpu_hour": 3.0}))
+    assert priced.path != first.path
+    costs = pd.read_csv(io.BytesIO(priced.storage.get(priced.file("cost.csv"))))
+    assert costs.loc[costs["stage"] == "train-classifier", "cost"].tolist() == [6.0] * 3
+    licensed = page(vary(WHOLE, {"data.licence": "CC0"}))
+    assert licensed.path != first.path
+    assert "Licence: CC0" in licensed.storage.get(licensed.file("index.html")).decode()
+    elsewhere = replace(WHOLE, root=str(tmp_path), compute=replace(WHOLE.compute, trial_cpus=2))
+    assert page(elsewhere).path == first.path
