@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from raysynth.core.errors import EnvironmentFault
+from raysynth.core.errors import NotReady
 from raysynth.core.identity import canonical_json, content_digest, fp12, plain, sha256_bytes
 from raysynth.core.storage import Storage
 
@@ -61,13 +61,13 @@ class Artifact:
 
     @classmethod
     def open(cls, storage: Storage, path: str) -> Artifact:
-        """A complete artifact by its folder, relative to the root. Raises EnvironmentFault if it is not complete."""
+        """A complete artifact by its folder, relative to the root. Raises NotReady if it is not complete."""
         stage, _, folder = path.partition("/")
         found = cls(storage, stage, folder.rpartition("-")[0], {})
         try:
             run = json.loads(storage.get(f"{path}/run.json"))
         except FileNotFoundError:
-            raise EnvironmentFault(f"{storage.url(path)} is not complete. Run `raysynth run` first.") from None
+            raise NotReady(f"{storage.url(path)} is not complete. Run `raysynth run` first.") from None
         found.identity = {k: run[k] for k in ("version", "config", "inputs")}
         return found
 
@@ -95,7 +95,7 @@ class Artifact:
         try:
             return json.loads(self.storage.get(self.file("_SUCCESS")))["digest"]
         except FileNotFoundError:
-            raise EnvironmentFault(
+            raise NotReady(
                 f"{self.storage.url(self.path)} is not complete. Run `raysynth {self.stage}` or `raysynth run` first."
             ) from None
 

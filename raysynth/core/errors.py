@@ -46,3 +46,15 @@ class EnvironmentFault(RaysynthError):
     """Storage, cluster or device is at fault; nothing is lost and the same command works once it is mended."""
 
     exit_code = 4
+
+
+class NotReady(EnvironmentFault):
+    """An earlier stage must be run first; the same command alone would never help."""
+
+    exit_code = 2
+
+
+class Damaged(EnvironmentFault):
+    """Bytes are not what was committed: `raysynth verify --repair` must be run first."""
+
+    exit_code = 3

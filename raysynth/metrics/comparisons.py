@@ -114,7 +114,8 @@ def compare(
     by_seed = points[0] - points[1]
     sd = float(by_seed.std(ddof=1)) if len(arm) > 1 else None
     by_patients = (draws[0] - draws[1]).mean(axis=0)
-    drawn = by_patients + seed_noise(sd, len(arm), len(by_patients), evaluation.seed)
+    # All metrics here lie in [0, 1]; the t of few seeds knows no bounds.
+    drawn = np.clip(by_patients + seed_noise(sd, len(arm), len(by_patients), evaluation.seed), -1.0, 1.0)
     kept = drawn[~np.isnan(drawn)]
     low, high, degenerate = interval(drawn, evaluation.confidence)
     measured = replace(

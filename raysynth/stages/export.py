@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import ConfigError, EnvironmentFault, RaysynthError, require
+from raysynth.core.errors import ConfigError, Damaged, RaysynthError, require
 from raysynth.core.identity import plain, sha256_bytes
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import from_parquet
@@ -88,7 +88,8 @@ def export(
 
     Raises:
         ConfigError: unknown format, or another export or other files are in `out`.
-        EnvironmentFault: `generated` is not complete, or a part is not what was committed.
+        NotReady: `generated` is not complete.
+        Damaged: a part is gone or not what was committed.
     """
     job, groups = begin(generated, images, to, out, file_mb)
     books = written(job, groups)
@@ -208,7 +209,7 @@ def write_group(job: Export, group: Group) -> dict[str, Any]:
     """Writes a group's files, then its book. What a task does.
 
     Raises:
-        EnvironmentFault: a part is gone or not what was committed.
+        Damaged: a part is gone or not what was committed.
     """
     rows = pa.concat_tables([_read(job, part, places) for part, places in group.parts])
     files: dict[str, tuple[int, str]] = {}
@@ -237,7 +238,7 @@ def _read(job: Export, part: str, places: np.ndarray) -> pa.Table:
     except FileNotFoundError:
         data = b""
     if not is_content(part, data):
-        raise EnvironmentFault(
+        raise Damaged(
             f"{job.store.file(part)} is not what was committed. `raysynth verify --repair`, then `raysynth generate`."
         )
     return export_rows(from_parquet(data).take(pa.array(places)), job.vocabulary)

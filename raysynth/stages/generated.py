@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import EnvironmentFault
+from raysynth.core.errors import Damaged
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.synth.ledger import FAILED, Places, rows_table
 from raysynth.synth.sets import SyntheticSet, is_content
@@ -73,11 +73,11 @@ def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
     """Synthetic rows of `index` (rows of `load_index`), images included, one table a part.
 
     Raises:
-        EnvironmentFault: a part is not what was committed.
+        Damaged: a part is not what was committed.
     """
     store = synthetic_set_of(artifact)
     for part, rows in index.groupby("part", sort=True):
         data = store.part(str(part))
         if not is_content(str(part), data):
-            raise EnvironmentFault(f"{store.file(str(part))} is not what was committed: `raysynth verify --repair`.")
+            raise Damaged(f"{store.file(str(part))} is not what was committed: `raysynth verify --repair`.")
         yield from_parquet(data).take(pa.array(sorted(rows["place"])))

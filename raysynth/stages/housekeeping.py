@@ -74,18 +74,21 @@ def collect_garbage(storage: Storage, delete: bool) -> list[str]:
     Returns:
         Those found, or those deleted.
     """
-    found = []
+    found, young = [], 0
     for store in _sets(storage):
         # A writer may be about to name an old orphan: equal content has an equal name.
         if _rendering(store):
             say(f"gc: {store.path} is being rendered, left alone")
             continue
+        if not delete:
+            young += len(orphans(store, older_than_s=0)) - len(orphans(store))
         for path in _unused(store) if delete else map(store.file, orphans(store)):
             if delete:
                 storage.delete(path)
             say(path)
             found.append(path)
-    say(f"gc: {len(found):,} orphan files" + (" deleted" if delete else "; --delete removes them" if found else ""))
+    then = " deleted" if delete else "; --delete removes them" if found else ""
+    say(f"gc: {len(found):,} orphan files{then}" + (f"; {young:,} younger than an hour left alone" if young else ""))
     return found
 
 

@@ -85,6 +85,7 @@ def verify_set(pipeline: Pipeline, repair: bool) -> None:
     if verdict.clean:
         say(f"verify: clean, {store.path}")
         return
+    again = "`raysynth run`" if is_sweep(pipeline.experiment) else "`raysynth generate`"
     stale = _stale(storage, store, verdict)
     if repair and (stale or verdict.corrupt):
         # Artifacts first: where this is killed, the shards are still corrupt and the same command goes on.
@@ -92,9 +93,9 @@ def verify_set(pipeline: Pipeline, repair: bool) -> None:
             storage.delete(f"{folder}/_SUCCESS")
             say(f"verify: {folder} lists images that are gone, and is no longer complete")
         given_up = give_up(store, verdict)
-        say(f"verify: {given_up} corrupt shards given up; `raysynth generate` or `raysynth run` renders them again")
+        say(f"verify: {given_up} corrupt shards given up; {again} renders them again")
         return
-    remedy = "`--repair`, then `raysynth generate`" if stale or verdict.corrupt else "`raysynth generate`"
+    remedy = f"`--repair`, then {again}" if stale or verdict.corrupt else again
     raise GateFailed(f"verify: {store.path} is not what the plan wants. {remedy} mends it.")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.errors import EnvironmentFault
+from raysynth.core.errors import NotReady
 from raysynth.core.experiment import Compute, Plan
 from raysynth.core.identity import sha256_bytes
 from raysynth.core.storage import Storage, open_storage
@@ -26,7 +26,7 @@ def test_an_interrupted_artifact_is_not_complete(storage: Storage) -> None:
     artifact.put("rows.parquet", b"rows")
     assert storage.exists(artifact.file("rows.parquet"))
     assert not artifact.complete
-    with pytest.raises(EnvironmentFault, match=r"plan/chest-\w{12} is not complete. Run `raysynth plan`"):
+    with pytest.raises(NotReady, match=r"plan/chest-\w{12} is not complete. Run `raysynth plan`"):
         artifact.digest()
     artifact.commit({})
     assert artifact.complete
@@ -110,7 +110,7 @@ def test_another_experiments_artifact_of_the_same_identity_is_the_same(storage: 
 
 def test_an_artifact_is_opened_by_its_folder(storage: Storage) -> None:
     made = Artifact.at(storage, "plan", "long-name", 1, Plan(), {"images": "abc"})
-    with pytest.raises(EnvironmentFault, match="not complete"):
+    with pytest.raises(NotReady, match="not complete"):
         Artifact.open(storage, made.path)
     made.commit({})
     found = Artifact.open(storage, made.path)

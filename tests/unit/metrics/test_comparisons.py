@@ -196,3 +196,10 @@ def test_holm_is_the_stepwise_procedure() -> None:
     assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), pytest.approx(0.06), None, pytest.approx(0.06)]
     assert holm([0.9, 0.8]) == [1, 1]
     assert holm([]) == []
+
+
+def test_no_difference_is_said_that_cannot_be() -> None:
+    """Two seeds that disagree bound nothing; a difference of AUROCs still lies between -1 and 1."""
+    wild = [*arm(3.0, seeds=1), *arm(-3.0, seeds=1, start=1)]
+    found = compare(wild, arm(0.0, seeds=2, start=5), "auroc", QUICK, "multi")
+    assert (found.ci_low, found.ci_high) == (-1, 1)

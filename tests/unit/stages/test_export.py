@@ -17,7 +17,7 @@ import yaml
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.errors import ConfigError, Damaged, NotReady
 from raysynth.core.experiment import Compute
 from raysynth.core.schemas import synthetic_schema
 from raysynth.core.storage import Storage, open_storage
@@ -360,19 +360,20 @@ def test_refusals_have_four_parts(made: Made, tmp_path: Path) -> None:
         assert [p.name for p in mine.rglob("*") if p.is_file()] == ["photo.png"]
 
 
-def test_unfinished_or_damaged_images_are_an_environment_fault(tmp_path: Path) -> None:
+def test_unfinished_or_damaged_images_say_what_to_run_first(tmp_path: Path) -> None:
+    assert (NotReady.exit_code, Damaged.exit_code) == (2, 3), "repeating the same command would not help"
     made = Made(str(tmp_path / "runs"))
     job, groups = made.begin("huggingface", str(tmp_path / "out"))
     part = groups[0].parts[0][0]
     made.storage.put(made.store.file(part), b"flipped")
-    with pytest.raises(EnvironmentFault, match=rf"{part} is not what was committed. `raysynth verify --repair`"):
+    with pytest.raises(Damaged, match=rf"{part} is not what was committed. `raysynth verify --repair`"):
         write_group(job, groups[0])
     made.storage.delete(made.store.file(part))
-    with pytest.raises(EnvironmentFault, match="is not what was committed"):
+    with pytest.raises(Damaged, match="is not what was committed"):
         write_group(job, groups[0])
     assert not list((tmp_path / "out").glob("data/*"))
     made.storage.delete(made.generated.file("_SUCCESS"))
-    with pytest.raises(EnvironmentFault, match=r"is not complete. Run `raysynth generate`"):
+    with pytest.raises(NotReady, match=r"is not complete. Run `raysynth generate`"):
         export(made.generated, made.images, "huggingface", str(tmp_path / "new"), no_ray)
 
 

@@ -102,3 +102,11 @@ def test_deleting_ends_where_a_driver_comes(
     assert [p.startswith(first.path) for p in deleted] == [True, False, False, False]
     assert f"gc: {first.path} is being rendered, the rest is left alone" in capsys.readouterr().out
     assert [len(images(s)) for s in (first, second)] == [12, 12]
+
+
+def test_orphans_too_young_to_be_one_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = synthetic_set(str(tmp_path))
+    render_all(store, SMALL, FakeRenderer())
+    store.put_part(0, b"a zombie's")
+    assert collect_garbage(open_storage(str(tmp_path)), delete=False) == []
+    assert "gc: 0 orphan files; 1 younger than an hour left alone" in capsys.readouterr().out
