@@ -9,7 +9,7 @@ import pytest
 from raysynth.core.errors import EnvironmentFault
 from raysynth.stages.cluster import Resources
 from raysynth.stages.export import export, write_group, write_side_by_side
-from tests.unit.stages.test_export import Made, cut_small, tree
+from tests.exported import Made, cut_small, tree
 
 pytestmark = pytest.mark.ray
 CLUSTER = Resources(cpus=4, gpus=0, nodes=1)

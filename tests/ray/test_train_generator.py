@@ -134,16 +134,15 @@ def checkpointed(storage: Storage) -> bool:
     return any(e.path.endswith("checkpoints/training.pt") for e in storage.list("train-generator"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 4)])
-def test_a_driver_told_to_end_says_so(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Ray Train would take Ctrl-C over, and end without a word."""
+def test_ctrl_c_ends_with_words(tmp_path: Path) -> None:
+    """Ray Train would take it over, and end without any."""
     root = str(tmp_path / "runs")
     command = [sys.executable, "-m", "tests.ray.generator_driver", root, str(tmp_path / "cache"), "1"]
     with open(tmp_path / "said.txt", "w") as out:
         driver = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
         when(lambda: checkpointed(open_storage(root)) or driver.poll() is not None)
-        driver.send_signal(number)
-        assert driver.wait(60) == code, (tmp_path / "said.txt").read_text()
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60) == 130, (tmp_path / "said.txt").read_text()
     assert "the same command goes on from here" in (tmp_path / "said.txt").read_text()
 
 
