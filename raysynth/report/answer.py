@@ -64,9 +64,10 @@ def answer(data: ReportData) -> Answer:
         )  # fmt: skip
     primary = data.primary
     arm, against, metric = primary["arm"], primary["against"], metric_words(primary["metric"])
+    averaged = ", averaged over the findings," if data.is_averaged(primary["metric"]) else ""
     question = (
-        f"Does a classifier trained as “{arm}” do better than one trained as “{against}”? Judged by {metric}, averaged "
-        f"over the findings, on the test set “{primary['test_set']}”, as named before the run."
+        f"Does a classifier trained as “{arm}” do better than one trained as “{against}”? Judged by {metric}"
+        f"{averaged} on the test set “{primary['test_set']}”, as named before the run."
     )
     rows = data.contrasts(**primary, subgroup="")
     rows = rows[rows["primary"].fillna(False).astype(bool)]

@@ -118,6 +118,10 @@ class ReportData:
         """All test sets, in order of appearance."""
         return list(dict.fromkeys(self.metrics["test_set"]))
 
+    def is_averaged(self, metric: str) -> bool:
+        """Whether a metric is an average over findings; the accuracy of one class of many is of all images at once."""
+        return bool(self.metrics.loc[self.metrics["metric"] == metric, "finding"].nunique() > 1)
+
     @property
     def arm_names(self) -> list[str]:
         """Arms in the order to be shown."""

@@ -81,11 +81,12 @@ def arms(data: ReportData) -> Table | None:
         ])  # fmt: skip
     metric = metric_words(data.metric)
     part = {str(f).removeprefix(MACRO) for f in values["finding"]} - {""}
+    averaged = " averaged over the findings" if data.is_averaged(data.metric) else ""
     without = f"{', '.join(sorted(part))} (too few cases)" if part else ""
     head = ["arm", metric, "sd over runs", "interval", "runs", "real images", "synthetic images", "ratio",
             "test images", "test patients"]  # fmt: skip
     return table(
-        "arms", f"Every arm on the test set “{data.test_set}”: {metric} averaged over the findings{without}, mean over "
+        "arms", f"Every arm on the test set “{data.test_set}”: {metric}{averaged}{without}, mean over "
         "the runs. The interval, the mean of the runs’ limits, covers the choice of test patients, not training.",
         head, rows,
     )  # fmt: skip

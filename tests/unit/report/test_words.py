@@ -198,3 +198,9 @@ def test_numbers() -> None:
     assert [p_words(0.0002), p_words(0.0341), p_words(np.nan)] == ["p < 0.001", "p = 0.034", "-"]
     assert group_words("age_bin=>=80 & sex=F") == "age bin: >=80 & sex: F"
     assert group_words("") == "everyone"
+
+
+def test_only_a_metric_of_findings_is_averaged_over_them(whole: ReportData) -> None:
+    assert "Judged by AUROC, averaged over the findings, on the test set" in said(whole, SHOWN).question
+    once = whole.metrics[whole.metrics["finding"].str.startswith("macro")]
+    assert "Judged by AUROC on the test set" in said(whole, SHOWN, metrics=once).question
