@@ -48,10 +48,13 @@ def test_more_replicas_and_new_sources_are_told_apart(store: SyntheticSet) -> No
     assert words(store, wanted_rows(n=20, replicas=4)) == "12 more replicas, 32 of 8 new source images"
 
 
-def test_rows_that_were_lost_change_no_annotation(store: SyntheticSet) -> None:
-    store.storage.delete(store.file(store.marker(1)["part"]))  # type: ignore[index]
-    repair(store, verify(store, wanted_rows()))
-    assert words(store, wanted_rows(replicas=4)) == "12 more replicas, 8 again that failed or were lost"
+def test_rows_that_were_lost_change_no_annotation(tmp_path: Path) -> None:
+    """Also where they were the only rows of their sources."""
+    store, one = synthetic_set(str(tmp_path)), wanted_rows(replicas=1)
+    render_all(store, one, FakeRenderer())
+    store.storage.delete(store.file(store.marker(0)["part"]))  # type: ignore[index]
+    repair(store, verify(store, one))
+    assert words(store, wanted_rows(replicas=2)) == "12 more replicas, 8 again that failed or were lost"
 
 
 def test_a_new_class_is_named(store: SyntheticSet) -> None:
