@@ -48,9 +48,13 @@ class FakeRenderer:
     """Another number gives other bytes for the same seeds (a zombie on other hardware)."""
     log: str = ""
     """File that gets one line a rendered row: key and process id."""
+    gate: str = ""
+    """File without which a process stops after `gate_after` rows and waits: an event where a test would sleep."""
+    gate_after: int = 0
 
     def __post_init__(self) -> None:
         self.sick = self.context_lost = False
+        self.rendered = 0
         if self.sick_file:
             try:
                 with open(self.sick_file, "x") as f:
@@ -79,6 +83,8 @@ class FakeRenderer:
             self.context_lost = True
         if self.context_lost:
             raise RuntimeError("device-side assert triggered")
+        if self.gate and self.rendered >= self.gate_after:
+            self.wait_at_gate()
         time.sleep(self.seconds_a_row * micro_batch)
         for i, row in enumerate(rows):
             if row is None:
@@ -90,7 +96,16 @@ class FakeRenderer:
             noise = np.random.Generator(np.random.Philox(row.seed + self.flavour)).standard_normal(images.shape[1:])
             level = sum(v or 0 for k, v in row.columns.items() if k.startswith("label_"))
             images[i] = np.nan if row.key in self.broken else np.tanh(0.3 * noise + 0.1 * level)
+        keys = [row.key for row in rows if row is not None and row.key != "canary"]
+        self.rendered += len(keys)
         if self.log:
             with open(self.log, "a") as f:
-                f.writelines(f"{row.key} {os.getpid()}\n" for row in rows if row is not None and row.key != "canary")
+                f.writelines(f"{key} {os.getpid()}\n" for key in keys)
         return images
+
+    def wait_at_gate(self, limit_s: float = 120.0) -> None:
+        end = time.monotonic() + limit_s
+        while not os.path.exists(self.gate):
+            if time.monotonic() > end:
+                raise RuntimeError(f"nobody opened the gate {self.gate} within {limit_s:.0f} s")
+            time.sleep(0.01)

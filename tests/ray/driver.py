@@ -11,9 +11,9 @@ import json
 import sys
 import tempfile
 import threading
-import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from raysynth.cli import guarded
 from raysynth.core.experiment import Compute
@@ -21,12 +21,16 @@ from raysynth.stages import cluster
 from raysynth.stages.generate import render
 from raysynth.synth.fake import FakeRenderer
 from tests.engine import synthetic_set, wanted_rows
+from tests.waiting import wait_for
 
 QUIET = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
 
 
-def private_cluster(root: str, nodes: int, kill_after: int) -> str:
-    """Starts a cluster whose head has no CPU; kills one node when `kill_after` shards are done. Its address."""
+def private_cluster(root: str, nodes: int, kill_after: int, gate: Path) -> str:
+    """Starts a cluster whose head has no CPU; kills one node when `kill_after` shards are done, then opens the gate.
+
+    Returns its address.
+    """
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
@@ -34,10 +38,10 @@ def private_cluster(root: str, nodes: int, kill_after: int) -> str:
     made.wait_for_nodes()
 
     def kill() -> None:
-        while len(synthetic_set(root).done()) < kill_after:
-            time.sleep(0.05)
+        wait_for(lambda: len(synthetic_set(root).done()) >= kill_after)
         made.remove_node(added[0], allow_graceful=False)
         print("killed a node", flush=True)
+        gate.touch()
 
     threading.Thread(target=kill, daemon=True).start()
     return made.address
@@ -50,7 +54,8 @@ def main(root: str, how: dict) -> None:
 
     compute = Compute(**({"render_workers": 2, "micro_batch": 4, "shard_rows": 8} | how.get("compute", {})))
     if "nodes" in how:
-        ray.init(address=private_cluster(root, how["nodes"], how["kill_node_after"]), logging_level="error")
+        gate = Path(how["renderer"]["gate"])
+        ray.init(address=private_cluster(root, how["nodes"], how["kill_node_after"], gate), logging_level="error")
     elif "address" in how:
         compute = replace(compute, address=how["address"])
     else:

@@ -7,8 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,8 @@ from raysynth.stages.generate import make_renderer, render
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.renderer import Renderer
 from raysynth.synth.verify import verify
-from tests.engine import images, render_all, rendered, synthetic_set, wanted_rows
+from tests.engine import images, keys_of, render_all, rendered, synthetic_set, wanted_rows
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -94,32 +94,45 @@ def test_an_actor_that_dies_while_it_starts_ends_with_words(ray_session: None, t
     assert verify(store, WANTED).clean
 
 
-@pytest.mark.parametrize("how", ["wait", "join"])
-def test_two_drivers_at_once(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "words"), [("wait", "waiting until it has finished"), ("join", "joining from the other end")]
+)
+def test_two_drivers_at_once(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture, how: str, words: str
+) -> None:
     reference = synthetic_set(str(tmp_path / "reference"))
     render_all(reference, WANTED, FakeRenderer())
-    root, logs = str(tmp_path / "set"), [tmp_path / "first", tmp_path / "second"]
-    slow = [partial(FakeRenderer, seconds_a_row=0.08, log=str(log)) for log in logs]
-    first = threading.Thread(target=render, args=(synthetic_set(root), WANTED, slow[0], ONE, CLUSTER))
-    first.start()
-    store = synthetic_set(root)
-    end = time.monotonic() + 60
-    while not store.done():
-        assert time.monotonic() < end, "the first driver did not start"
-        time.sleep(0.02)
-    assert holder_of(store.storage, store.file("lock.json"))
-    sums = render(store, WANTED, slow[1], replace(ONE, other_driver=how), CLUSTER)
-    first.join(60)
-    said = {"wait": "waiting until it has finished", "join": "joining from the other end"}
-    assert said[how] in capsys.readouterr().out
-    mine = rendered(logs[1])
+    root, logs, gate = str(tmp_path / "set"), [tmp_path / "first", tmp_path / "second"], tmp_path / "gate"
+    store, out = synthetic_set(root), ""
+
+    def heard() -> bool:
+        nonlocal out
+        out += capsys.readouterr().out
+        return words in out
+
+    # The first commits one shard and stops in the middle of the next, until the second one is where it should be.
+    held = partial(FakeRenderer, log=str(logs[0]), gate=str(gate), gate_after=12)
+    free = partial(FakeRenderer, log=str(logs[1]))
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(render, synthetic_set(root), WANTED, held, ONE, CLUSTER)
+        wait_for(lambda: len(store.done()) == 1 or first.done())
+        assert holder_of(store.storage, store.file("lock.json"))
+        second = pool.submit(render, store, WANTED, free, replace(ONE, other_driver=how), CLUSTER)
+        wait_for(lambda: heard() or second.done())
+        wait_for(lambda: how == "wait" or len(store.done()) > 1 or second.done())
+        gate.touch()
+        sums = second.result(120)
+        first.result(120)
+    assert words in out
+    mine, theirs = rendered(logs[1]), rendered(logs[0])
     if how == "wait":
         assert sums["ok"] == 0
         assert mine == set()
     else:
         # They met somewhere: at most the shards that one of them had in work when the other took them.
         assert 0 < sums["ok"] < 60
-        assert len(mine & rendered(logs[0])) <= 24
+        assert len(mine & theirs) <= 24
+    assert mine | theirs == set(keys_of(WANTED))
     assert images(store) == images(reference)
     verdict = verify(store, WANTED)
     assert verdict.clean

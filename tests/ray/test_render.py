@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from raysynth.synth.ledger import rows_of
 from raysynth.synth.settle import read_settled
 from raysynth.synth.verify import verify
 from tests.engine import images, keys_of, render_all, rendered, synthetic_set, wanted_rows
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -49,13 +49,6 @@ def start(root: str, how: dict) -> subprocess.Popen:
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2]
     )
-
-
-def wait_for(what: Callable[[], object], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def test_a_pool_gives_the_images_of_one_process(ray_session: None, any_root: str, reference: dict) -> None:
@@ -161,20 +154,28 @@ def test_storage_that_refuses_ends_with_words_and_resumes(
     assert images(store) == of(reference, KEYS)
 
 
+def held(tmp_path: Path) -> dict:
+    """Arguments of renderers that commit one shard, and stop in the middle of the next one until the gate opens."""
+    return {"log": str(tmp_path / "log"), "gate": str(tmp_path / "gate"), "gate_after": 12}
+
+
+def rows_by_process(log: Path) -> Counter[int]:
+    return Counter(int(line.split()[1]) for line in log.read_text().splitlines()) if log.exists() else Counter()
+
+
 def test_sigkill_of_an_actor(ray_session: None, tmp_path: Path, reference: dict) -> None:
     root, log = str(tmp_path / "set"), tmp_path / "log"
     import ray
 
-    how = {"address": ray.get_runtime_context().gcs_address, "replicas": 5,
-           "renderer": {"seconds_a_row": 0.05, "log": str(log)}}  # fmt: skip
+    how = {"address": ray.get_runtime_context().gcs_address, "replicas": 5, "renderer": held(tmp_path)}
     driver = start(root, how)
-    wait_for(lambda: len(synthetic_set(root).done()) >= 1)
-    killed = int(log.read_text().splitlines()[-1].split()[1])
+    wait_for(lambda: 12 in rows_by_process(log).values())
+    killed = next(pid for pid, rows in rows_by_process(log).items() if rows == 12)
     os.kill(killed, signal.SIGKILL)
+    (tmp_path / "gate").touch()
     out, _ = driver.communicate(timeout=120)
     assert "done" in out, out
-    pids = {int(line.split()[1]) for line in log.read_text().splitlines()}
-    assert len(pids - {killed}) >= 1
+    assert rows_by_process(log)[killed] == 12
     assert images(synthetic_set(root)) == reference
     assert verify(synthetic_set(root), wanted_rows(replicas=5)).clean
 
@@ -183,15 +184,15 @@ def test_sigkill_of_the_driver_then_resume(ray_session: None, tmp_path: Path, re
     root, log = str(tmp_path / "set"), tmp_path / "log"
     import ray
 
-    how = {"address": ray.get_runtime_context().gcs_address, "replicas": 5,
-           "renderer": {"seconds_a_row": 0.05, "log": str(log)}}  # fmt: skip
+    how = {"address": ray.get_runtime_context().gcs_address, "replicas": 5, "renderer": held(tmp_path)}
     driver = start(root, how)
-    wait_for(lambda: len(synthetic_set(root).done()) >= 2)
+    wait_for(lambda: 12 in rows_by_process(log).values())
     driver.kill()
     driver.wait()
-    # Actors of a dead driver end by themselves, perhaps after committing a shard late.
     before = synthetic_set(root).done()
-    assert len(before) < 8
+    assert len(before) in (1, 2)
+    (tmp_path / "gate").touch()
+    # Actors of a dead driver end by themselves, perhaps after committing a shard late.
     log2 = tmp_path / "log2"
     renderer = partial(FakeRenderer, log=str(log2))
     render(synthetic_set(root), wanted_rows(replicas=5), renderer, TWO, CLUSTER)
@@ -205,7 +206,7 @@ def test_sigkill_of_the_driver_then_resume(ray_session: None, tmp_path: Path, re
 
 def test_kill_of_a_node(tmp_path: Path, reference: dict) -> None:
     root = str(tmp_path / "set")
-    how = {"nodes": 2, "kill_node_after": 2, "replicas": 5, "renderer": {"seconds_a_row": 0.05}}
+    how = {"nodes": 2, "kill_node_after": 2, "replicas": 5, "renderer": held(tmp_path)}
     driver = start(root, how)
     out, _ = driver.communicate(timeout=200)
     assert "killed a node" in out, out

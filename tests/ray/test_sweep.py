@@ -10,9 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +27,7 @@ from raysynth.stages.sweep import find_trials, load_trials, sweep
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.stages.train_classifier import prepare
 from tests.ray.sweep_driver import ARMS, small_sweep
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -123,14 +122,6 @@ def test_a_trial_is_told_of_no_test_image(swept: Artifact) -> None:
         assert not [i for i in tested if i in told]
 
 
-def when(condition: Callable[[], bool], timeout_s: float = 200) -> None:
-    """Waits for it."""
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def resumed(swept: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, dict[str, str]]:
     """The same sweep without a single test picture, its driver killed in the middle and started again.
@@ -154,7 +145,7 @@ def resumed(swept: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     with open(place / "first.txt", "w") as out:
         command = [sys.executable, "-m", "tests.ray.sweep_driver", str(root), cache]
         first = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
-        when(lambda: in_the_middle() or first.poll() is not None)
+        wait_for(lambda: in_the_middle() or first.poll() is not None)
         first.send_signal(signal.SIGKILL)
         first.wait(30)
     assert first.returncode == -signal.SIGKILL, (place / "first.txt").read_text()
@@ -216,7 +207,7 @@ def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(swept: Artif
     killed: list[int] = []
 
     def kill() -> None:
-        when(lambda: storage.exists(victim.classifier.file("checkpoints/training.pt")))
+        wait_for(lambda: storage.exists(victim.classifier.file("checkpoints/training.pt")))
         for pid in tune_workers():
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)

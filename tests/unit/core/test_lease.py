@@ -17,6 +17,7 @@ import pytest
 from raysynth.core import lease
 from raysynth.core.lease import BEAT_S, DEAD_AFTER_S, Lease, holder_of
 from raysynth.core.storage import Storage, open_storage
+from tests.waiting import wait_for
 
 
 def test_a_second_driver_sees_the_first(any_root: str) -> None:
@@ -123,11 +124,13 @@ def test_the_heart_beats_and_a_survivor_takes_over(any_root: str, monkeypatch: p
     storage = open_storage(any_root)
     first = Lease(storage, "lock.json")
     with first, Lease(storage, "lock.json") as second:
-        began = holder_of(storage, "lock.json")["beat"]  # type: ignore[index]
-        time.sleep(0.5)
-        assert holder_of(storage, "lock.json")["beat"] > began  # type: ignore[index]
+
+        def holder() -> dict:
+            return holder_of(storage, "lock.json") or {"beat": 0.0, "run": ""}
+
+        began = holder()["beat"]
+        wait_for(lambda: holder()["beat"] > began)
         first._stop.set()
         first._thread.join()
         storage.delete("lock.json")
-        time.sleep(0.5)
-        assert holder_of(storage, "lock.json")["run"] == second.run  # type: ignore[index]
+        wait_for(lambda: holder()["run"] == second.run)

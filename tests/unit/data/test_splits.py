@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import time
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +189,12 @@ def test_stratify_gives_each_subset_what_it_wants() -> None:
     assert [counts[chosen == s].sum(axis=0).tolist() for s in (0, 1)] == [[30, 20, 50]] * 2
 
 
+@pytest.mark.timeout(60)  # 1.4 s on an idle core; hours where the work grows with the square of patients
 def test_a_hundred_thousand_patients_take_seconds() -> None:
     rng = np.random.default_rng(0)
     owner = rng.integers(0, 100_000, 200_000)
     positives = rng.random((200_000, 14)) < np.geomspace(0.3, 0.0002, 14)
-    started = time.perf_counter()
     got = assign_splits(owner, [f"p{o}" for o in owner], [None] * 200_000, positives, Split())
-    assert time.perf_counter() - started < 30  # 1.4 s on an idle core
     assert np.abs(shares(got.split, positives)["val"] - 0.15)[:10].max() < 0.005
 
 

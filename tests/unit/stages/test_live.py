@@ -22,6 +22,7 @@ from rich.console import Console
 from raysynth.stages import live
 from raysynth.stages.live import Picture, Rendering, RenderView
 from raysynth.synth.throughput import Throughput
+from tests.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[3]
 # Rows of statistics of ACTORS actors; waits for a line on standard input after each ten, to be looked at.
@@ -120,9 +121,8 @@ def test_metrics_are_repeated_while_no_row_comes(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(live, "BEAT_S", 0.01)
     with RenderView(Rendering("generate digits", 10, 4), Heard()):
-        time.sleep(0.2)
+        wait_for(lambda: len(Heard.done) > 3)
     heard = len(Heard.done)
-    assert heard > 3
     assert set(Heard.done) == {4}
     time.sleep(0.1)
     assert len(Heard.done) == heard
