@@ -51,6 +51,10 @@ def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_fail
     from raysynth.stages.pipeline import Pipeline
 
     pipeline = Pipeline(experiment)
+    if not pipeline.is_complete(stages[-1]):
+        from raysynth.stages.preflight import check_setup
+
+        check_setup(experiment, pipeline.storage, stages)
     if dry_run:
         from raysynth.stages.overview import show_dry_run
 

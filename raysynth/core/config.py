@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,20 @@ def external_data(e: Experiment, name: str) -> Experiment:
     # Its images were in no earlier table of this experiment's.
     data = dataclasses.replace(e.data, split=dataclasses.replace(e.data.split, keep=None))
     alone = dataclasses.replace(e, data=data, sweep=Sweep(), evaluation=Evaluation())
-    try:
+    with keys_of_test_set(name):
         return vary(alone, {"data": section, "name": f"{e.name}-{name}"})
+
+
+@contextmanager
+def keys_of_test_set(name: str) -> Iterator[None]:
+    """Errors of an external test set's `data` section are told with the key where it stands."""
+    try:
+        yield
     except ConfigError as error:
+        if not error.key.startswith("data"):
+            raise
         key = f"evaluation.test_sets.{name}{error.key.removeprefix('data')}"
-        raise ConfigError(key, error.got, error.allowed, error.remedy) from error
+        raise type(error)(key, error.got, error.allowed, error.remedy) from error
 
 
 def _merge(base: Any, content: dict[str, Any]) -> Any:

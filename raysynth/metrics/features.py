@@ -80,6 +80,13 @@ def extractor_identity(kind: str) -> dict[str, str]:
     return {"extractor": f"timm:{name}", "weights": weights}
 
 
+def check_extractor(kind: str) -> None:
+    """Raises the ConfigError that `make_extractor` would, without loading weights. Arguments as there."""
+    extractor_identity(kind)
+    if kind.startswith("timm:"):
+        _check_timm(_timm_parts(kind)[0])
+
+
 def make_extractor(kind: str, cache: str, device: str = "cpu") -> Extractor:
     """The extractor of a configuration's name, with its weights loaded.
 
@@ -167,13 +174,19 @@ def _timm_parts(kind: str) -> tuple[str, str]:
     return name, str(Path(file).expanduser()) if file else ""
 
 
-def _timm(name: str, file: str, device: str) -> Extractor:
+def _check_timm(name: str) -> None:
     import timm
-    import torch
 
     if not name.startswith("hf-hub:") and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         raise ConfigError(KEY, f"timm:{name}", "the name of a timm model", f"Did you mean {near[0]}?" if near else "")
+
+
+def _timm(name: str, file: str, device: str) -> Extractor:
+    import timm
+    import torch
+
+    _check_timm(name)
     model = _model_from_file(name, file) if file else _model_from_hub(name)
     model = model.to(device).eval()
     data: dict[str, Any] = timm.data.resolve_model_data_config(model)

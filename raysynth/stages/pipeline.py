@@ -158,6 +158,13 @@ class Pipeline:
         """The artifact of a stage; EnvironmentFault if an earlier stage is not complete."""
         return getattr(self, ARTIFACTS[stage])
 
+    def is_complete(self, stage: str) -> bool:
+        """Whether a stage's artifact is there."""
+        try:
+            return self.artifact(stage).complete
+        except EnvironmentFault:
+            return False
+
     def found(self) -> dict[str, Artifact | None]:
         """Stage -> its artifact, or None where an earlier stage must finish before it has a name."""
         known: dict[str, Artifact | None] = {}
@@ -187,11 +194,20 @@ class Pipeline:
         Args:
             retry_failed: where the stage renders, rows recorded as failed are rendered once more.
         """
+        if stage == "evaluate":
+            self._ingest_test_sets()
+        artifact = self._do(stage, retry_failed)
+        if stage == "ingest":
+            self._ingest_test_sets()
+        return artifact
+
+    def _ingest_test_sets(self) -> None:
+        ingest_test_sets(self.experiment, self.storage, lambda: self.resources)
+
+    def _do(self, stage: str, retry_failed: bool) -> Artifact:
         e, s = self.experiment, self.storage
         if stage == "sweep":
             return sweep(self, e, retry_failed)
-        if stage == "evaluate" and e.evaluation.test_sets and self.resources:
-            ingest_test_sets(e, s)
         artifact = self.artifact(stage)
         if stage == "train-generator" and e.generator.path:
             return self._take_generator()

@@ -6,7 +6,7 @@ classifier. Beside `fidelity`, the only place that opens a test split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.cache import local_folder
-from raysynth.core.config import external_data
+from raysynth.core.config import external_data, keys_of_test_set
 from raysynth.core.errors import DataError
 from raysynth.core.evidence import Evaluation
 from raysynth.core.experiment import Experiment
@@ -45,16 +45,28 @@ class TestSet:
     ids: list[str]
 
 
-def external_sets(e: Experiment) -> dict[str, Experiment]:
-    """Name -> the experiment whose `data` section is the external test set's."""
-    return {name: external_data(e, name) for name in e.evaluation.test_sets}
+def external_sets(e: Experiment, storage: Storage) -> dict[str, tuple[Experiment, Artifact]]:
+    """Name of each external test set -> the experiment whose `data` section is its own, and its ingest artifact,
+    whether or not that exists yet. Raises DataError where its source cannot be listed."""
+    found = {}
+    for name in e.evaluation.test_sets:
+        external = external_data(e, name)
+        with keys_of_test_set(name):
+            found[name] = external, ingest_artifact(external, storage)[0]
+    return found
 
 
-def ingest_test_sets(e: Experiment, storage: Storage) -> None:
-    """Ingests the external test sets that have not been. Ray must be connected."""
-    for external in external_sets(e).values():
-        if not ingest_artifact(external, storage)[0].complete:
-            ingest(external, storage)
+def ingest_test_sets(e: Experiment, storage: Storage, connect: Callable[[], object]) -> None:
+    """Ingests the external test sets that have not been.
+
+    Args:
+        connect: connects Ray; called only where there is something to ingest.
+    """
+    for name, (external, artifact) in external_sets(e, storage).items():
+        if not artifact.complete:
+            connect()
+            with keys_of_test_set(name):
+                ingest(external, storage)
 
 
 def open_test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[TestSet]:
@@ -70,8 +82,7 @@ def open_test_sets(e: Experiment, storage: Storage, images: Artifact) -> list[Te
     if not own:
         raise DataError("data.split.test", "no test image", "at least one", "Raise data.split.test.")
     found = [TestSet("test", images, e, own)]
-    for name, external in external_sets(e).items():
-        artifact = ingest_artifact(external, storage)[0]
+    for name, (external, artifact) in external_sets(e, storage).items():
         artifact.digest()
         ids = from_parquet(storage.get(artifact.file("table.parquet")), ["image_id"])["image_id"].to_pylist()
         found.append(TestSet(name, artifact, external, ids))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import vary
-from raysynth.core.errors import EnvironmentFault
+from raysynth.core.errors import DataError, EnvironmentFault
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import from_parquet, metric_schema, predictions_schema
 from raysynth.report import write_report
@@ -64,6 +64,20 @@ def test_stages_without_synthetic_images(experiment: Experiment) -> None:
     assert stages_of(experiment) == ["ingest", "train-classifier", "evaluate"]
     assert stages_of(vary(experiment, {"training_set.strategy": "mix"}))[1:4] == ["train-generator", "plan", "generate"]
     assert stages_of(vary(experiment, {"sweep.seeds": [0, 1]})) == ["ingest", "sweep", "evaluate"]
+
+
+def test_test_sets_are_ingested_first(ray_session: None, experiment: Experiment, tmp_path: Path) -> None:
+    """Not after days of training: what is wrong with them is told at once, with their key."""
+    (tmp_path / "folder").mkdir()
+    broken = {"evaluation.test_sets": {"empty": {"kind": "class_folders", "path": str(tmp_path / "folder")}}}
+    pipeline = Pipeline(vary(experiment, {"root": str(tmp_path / "runs"), **broken}))
+    with pytest.raises(DataError, match=r"evaluation\.test_sets\.empty\.path: got .*folder"):
+        pipeline.do("ingest")
+    assert pipeline.images.complete
+    whole = Pipeline(vary(experiment, {"root": str(tmp_path / "runs")}))
+    whole.do("ingest")
+    names = [t.name for t in open_test_sets(whole.experiment, whole.storage, whole.images)]
+    assert names == ["test", "elsewhere"]
 
 
 def test_predictions_are_stored_once_for_every_test_set(done: Pipeline) -> None:
