@@ -103,7 +103,7 @@ class FakeRenderer:
                 f.writelines(f"{key} {os.getpid()}\n" for key in keys)
         return images
 
-    def wait_at_gate(self, limit_s: float = 120.0) -> None:
+    def wait_at_gate(self, limit_s: float = 300.0) -> None:
         end = time.monotonic() + limit_s
         while not os.path.exists(self.gate):
             if time.monotonic() > end:

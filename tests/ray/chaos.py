@@ -159,12 +159,12 @@ class Run:
         victim = self.chance.choice(victims)
         if number == signal.SIGKILL:
             self._count([victim])
-        else:
-            self.told[victim.pid] = self._log()[1][victim.pid]
         try:
             victim.send_signal(number)
         except psutil.NoSuchProcess:
             return False
+        if number != signal.SIGKILL:
+            self.told[victim.pid] = self._log()[1][victim.pid]
         return True
 
     def _count(self, victims: Any) -> None:

@@ -39,9 +39,11 @@ def private_cluster(root: str, nodes: int, kill_after: int, gate: Path) -> str:
 
     def kill() -> None:
         wait_for(lambda: len(synthetic_set(root).done()) >= kill_after)
-        made.remove_node(added[0], allow_graceful=False)
-        print("killed a node", flush=True)
-        gate.touch()
+        try:
+            made.remove_node(added[0], allow_graceful=False)
+            print("killed a node", flush=True)
+        finally:
+            gate.touch()
 
     threading.Thread(target=kill, daemon=True).start()
     return made.address

@@ -1,6 +1,6 @@
 """`python -m tests.ray.small_disk DISK`: renders on a disk that fills up, then on one that becomes read-only.
 
-Must run in a mount namespace of its own whose DISK is a tmpfs of 160 KB. Prints a JSON line for every attempt: what
+Must run in a mount namespace of its own whose DISK is a tmpfs of 200 KB. Prints a JSON line for every attempt: what
 was tried, how the command line would have ended (exit code and words), and what the set then holds.
 """
 
@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from functools import partial
+from pathlib import Path
 
 from raysynth.cli import environment_fault
 from raysynth.core.errors import EnvironmentFault
@@ -22,6 +22,7 @@ from raysynth.stages.generate import render
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.verify import verify
 from tests.engine import images, render_all, synthetic_set, wanted_rows
+from tests.waiting import wait_for
 
 COMPUTE = Compute(render_workers=1, micro_batch=4, shard_rows=8)
 BIG = partial(FakeRenderer, size=64)  # a shard of eight images is a part of 40 KB
@@ -70,17 +71,24 @@ def main(disk: str) -> None:
     remount(disk, "rw")
     attempt(disk, "writable again", ROWS[1], BIG, reference)
 
-    def later() -> None:
-        store = synthetic_set(f"{disk}/runs")
-        before = len(store.done())
-        while len(store.done()) == before:
-            time.sleep(0.02)
-        # A remount waits until nobody has a file open for writing.
-        while subprocess.run(["mount", "-o", "remount,ro", disk], check=False, stderr=subprocess.DEVNULL).returncode:
-            time.sleep(0.01)
+    store, gate = synthetic_set(f"{disk}/runs"), Path(place, "gate")
+    before = len(store.done())
 
-    threading.Thread(target=later).start()
-    attempt(disk, "read-only meanwhile", ROWS[2], partial(BIG, seconds_a_row=0.05), reference)
+    def read_only() -> bool:
+        # A remount waits until nobody has a file open for writing.
+        done = subprocess.run(["mount", "-o", "remount,ro", disk], check=False, stderr=subprocess.DEVNULL)
+        return done.returncode == 0
+
+    def later() -> None:
+        wait_for(lambda: len(store.done()) > before)
+        wait_for(read_only)
+        gate.touch()
+
+    meanwhile = threading.Thread(target=later)
+    meanwhile.start()
+    # One shard is committed; the next is in the middle when the disk changes.
+    attempt(disk, "read-only meanwhile", ROWS[2], partial(BIG, gate=str(gate), gate_after=12), reference)
+    meanwhile.join()
     remount(disk, "rw")
     attempt(disk, "writable at last", ROWS[2], BIG, reference)
 

@@ -1,7 +1,9 @@
-"""A driver process that runs a small sweep, to be killed: `python -m tests.ray.sweep_driver ROOT CACHE`."""
+"""A driver process that runs a small sweep and dies in it: `python -m tests.ray.sweep_driver ROOT CACHE`."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -37,10 +39,20 @@ def small_sweep(root: str, cache: str, arms: dict[str, Any] = ARMS, **classifier
 
 
 def main() -> None:
-    """Runs the sweep, or goes on with it."""
+    """Runs the sweep on one CPU, and dies at the first validation of a trial after another one has ended."""
+    import ray
+
     from raysynth.stages.pipeline import Pipeline
     from raysynth.stages.sweep import sweep
+    from raysynth.stages.sweep_table import SweepTable
 
+    def reported(self: SweepTable, number: int, result: dict[str, Any]) -> None:
+        # Ray Tune holds the trial until its driver has answered.
+        if any(row.state == "done" for row in self.rows):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    SweepTable.reported = reported  # type: ignore[method-assign]
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
     experiment = small_sweep(sys.argv[1], sys.argv[2])
     sweep(Pipeline(experiment), experiment)
 

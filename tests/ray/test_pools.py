@@ -41,8 +41,9 @@ def test_a_pool_keeps_to_its_nodes_and_goes_with_them(ground: Playground, tmp_pa
         "render_workers": 2, "max_render_workers": 4, "gpus_per_renderer": 0.5, "cpus_per_renderer": 0.5,
         "accelerator": "H100", "render_labels": {"market-type": "spot"},
     }  # fmt: skip
-    log = tmp_path / "log"
-    renderer = {"seconds_a_row": 0.1, "log": str(log)}
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    # Every actor commits one shard and waits in the middle of the next, until the first node is lost.
+    renderer = {"log": str(log), "gate": str(gate), "gate_after": 12}
     how = {"address": ground.cluster.address, "replicas": REPLICAS, "compute": compute, "renderer": renderer}
     driver = Driver(tmp_path, 0, how)
 
@@ -52,7 +53,7 @@ def test_a_pool_keeps_to_its_nodes_and_goes_with_them(ground: Playground, tmp_pa
     actors: dict[str, set[int]] = {"first": set(), "second": set()}
     second = None
     most = 0
-    end = time.monotonic() + 200
+    end = time.monotonic() + 600
     while driver.process.poll() is None:
         assert time.monotonic() < end, driver.said()
         nodes = {"first": first, "second": second}
@@ -65,6 +66,7 @@ def test_a_pool_keeps_to_its_nodes_and_goes_with_them(ground: Playground, tmp_pa
             second = ground.add_a_node(**gpu_node("H100", "spot"))
         if first in ground.nodes and len(who_rendered() & actors["second"]) == 2:
             ground.lose_a_node(first)
+            gate.touch()
         time.sleep(0.1)
     assert not driver.fault(driver.process.returncode), driver.said()
     assert first not in ground.nodes, f"no rendering by the node that joined: {actors}, {who_rendered()}"

@@ -186,7 +186,7 @@ def test_sigkill_of_the_driver_then_resume(ray_session: None, tmp_path: Path, re
 
     how = {"address": ray.get_runtime_context().gcs_address, "replicas": 5, "renderer": held(tmp_path)}
     driver = start(root, how)
-    wait_for(lambda: 12 in rows_by_process(log).values())
+    wait_for(lambda: 12 in rows_by_process(log).values() and synthetic_set(root).done())
     driver.kill()
     driver.wait()
     before = synthetic_set(root).done()

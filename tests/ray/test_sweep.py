@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,9 +25,9 @@ from raysynth.stages.classifier_trial import run_trial
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.sweep import find_trials, load_trials, sweep
 from raysynth.stages.sweep_plan import plan_of_sweep
+from raysynth.stages.sweep_table import SweepTable
 from raysynth.stages.train_classifier import prepare
 from tests.ray.sweep_driver import ARMS, small_sweep
-from tests.waiting import wait_for
 
 pytestmark = pytest.mark.ray
 
@@ -138,18 +138,12 @@ def resumed(swept: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     experiment = small_sweep(str(root), cache)
     storage = Pipeline(experiment).storage
 
-    def in_the_middle() -> bool:
-        checkpoints = [e for e in storage.list("train-classifier") if e.path.endswith("checkpoints/training.pt")]
-        return bool(finished(storage) and checkpoints)
-
+    command = [sys.executable, "-m", "tests.ray.sweep_driver", str(root), cache]
     with open(place / "first.txt", "w") as out:
-        command = [sys.executable, "-m", "tests.ray.sweep_driver", str(root), cache]
-        first = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
-        wait_for(lambda: in_the_middle() or first.poll() is not None)
-        first.send_signal(signal.SIGKILL)
-        first.wait(30)
-    assert first.returncode == -signal.SIGKILL, (place / "first.txt").read_text()
+        code = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out, check=False).returncode
+    assert code == -signal.SIGKILL, (place / "first.txt").read_text()
     before = finished(storage)
+    assert any(e.path.endswith("checkpoints/training.pt") for e in storage.list("train-classifier"))
     return sweep(Pipeline(experiment), experiment), before
 
 
@@ -197,7 +191,9 @@ def tune_workers() -> list[int]:
             and found.get(parent, (0, ""))[0] == os.getpid()]  # fmt: skip
 
 
-def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(swept: Artifact) -> None:
+def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(
+    swept: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arms = {"diverges": {"training_set.strategy": "real", "classifier.lr": 1e30, "classifier.grad_clip": 1e30},
             "killed": {"training_set.strategy": "real", "classifier.steps": 200, "classifier.seed": 5}}  # fmt: skip
     experiment = small_sweep(swept.storage.root, "", arms)
@@ -205,18 +201,21 @@ def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(swept: Artif
     storage = pipeline.storage
     victim = next(t for t in find_trials(pipeline, experiment) if t.arm == "killed")
     killed: list[int] = []
+    told = SweepTable.reported
 
-    def kill() -> None:
-        wait_for(lambda: storage.exists(victim.classifier.file("checkpoints/training.pt")))
-        for pid in tune_workers():
-            os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
+    def reported(self: SweepTable, number: int, result: dict) -> None:
+        told(self, number, result)
+        # Ray Tune holds the trial until its driver has answered.
+        if self.rows[number].arm == "killed" and not killed:
+            assert storage.exists(victim.classifier.file("checkpoints/training.pt"))
+            for pid in tune_workers():
+                with suppress(ProcessLookupError):  # the other trial's, which has ended meanwhile
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
+    monkeypatch.setattr(SweepTable, "reported", reported)
     with pytest.raises(GateFailed, match=r"1 of 2 classifiers failed: diverges, seed 0 \(classifier.lr: got 1e\+30"):
         sweep(pipeline, experiment)
-    killer.join(10)
     assert killed
     table = next(f for f in storage.folders("sweep") if not storage.exists(f"sweep/{f}/_SUCCESS"))
     states = {r["arm"]: (r["state"], r["reason"][:13]) for r in pq.read_table(

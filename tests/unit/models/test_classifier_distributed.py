@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from raysynth.core.evidence import Pretrain
 from raysynth.models.classifier import ClassifierTraining
 from tests.classifiers import BATCH, findings, tensors, tiny
+from tests.ports import free_port
 
 STEPS = 3
 SETTINGS: dict[str, Any] = {
@@ -56,9 +56,7 @@ def one_rank(rank: int, port: int, settings: dict[str, Any], fine_tunes: bool, o
     ({"architecture": "test_efficientnet", "arguments": {}}, False),
 ])  # fmt: skip
 def test_two_ranks_train_as_one_process(tmp_path: Path, changes: dict[str, Any], fine_tunes: bool) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     settings = {**SETTINGS, **changes}
     # Forked: a fresh interpreter would spend a quarter of a minute on imports.
     fork = multiprocessing.get_context("fork")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from raysynth.models.ddpm import DDPMTraining, draw
 from raysynth.stages.training_loop import sample_grid
 from tests.generators import BATCH, NULL, batch, small
+from tests.ports import free_port
 
 
 def gradient(accumulation: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -41,9 +41,7 @@ def one_rank(rank: int, port: int, accumulation: int, out: str) -> None:
 
 
 def test_two_ranks_that_accumulate_give_the_gradient_of_one_process(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     out = str(tmp_path / "gradient.pt")
     # Forked: a fresh interpreter would spend a quarter of a minute on imports.
     fork = multiprocessing.get_context("fork")

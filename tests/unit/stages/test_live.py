@@ -27,7 +27,7 @@ from tests.waiting import wait_for
 REPOSITORY = Path(__file__).parents[3]
 # Rows of statistics of ACTORS actors; waits for a line on standard input after each ten, to be looked at.
 PROGRAM = """
-import os, sys, time
+import os, sys
 from raysynth.core.progress import say
 from raysynth.stages.live import Rendering, RenderView
 actors, rows, every_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -39,7 +39,8 @@ with RenderView(Rendering("generate digits", 4000, 100, gpus_each=1.0, price=36.
         if i == 4:
             say("a line of somebody else")
         if i % 10 == 9 and sys.stdin.isatty():
-            time.sleep(1.2)  # two redraws
+            for _ in range(2):
+                view._live.refresh()
             os.write(1, b"\\x1b]0;look\\x07")
             sys.stdin.readline()
 """
