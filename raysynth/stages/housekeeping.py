@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from raysynth.core.lease import holder_of
@@ -14,6 +15,8 @@ from raysynth.core.storage import Storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
 from raysynth.synth.verify import orphans
 
+NAMED = 3
+"""Users of one stage that are named one by one."""
 LOOK_EVERY = 1000
 """Orphans deleted between two looks at what the set names; a look reads its markers."""
 
@@ -56,16 +59,23 @@ def show_artifacts(storage: Storage) -> None:
             if isinstance(run.get(name), str):
                 users[run[name]].append(folder)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("folder", "state", "MiB", "used by"):
-        table.add_column(column, justify="right" if column == "MiB" else "left", no_wrap=column != "used by")
+    for column in ("folder", "state", "size", "used by"):
+        table.add_column(column, justify="right" if column == "size" else "left", no_wrap=column != "used by")
     rows = [(folder, "done" if run else "incomplete") for folder, run in artifacts]
     for store in _sets(storage):
         shards = sum(len(w.shards) for w in store.waves()) - len(store.void())
         rows.append((store.path, f"{len(store.done()):,} of {shards:,} shards"))
     for folder, state in rows:
-        size = sum(e.size for e in storage.list(folder)) / 2**20
-        table.add_row(folder, state, f"{size:,.1f}", "\n".join(users[folder]))
+        size = sum(e.size for e in storage.list(folder))
+        table.add_row(folder, state, decimal(size), "\n".join(_shortened(users[folder])))
     console.print(table)
+
+
+def _shortened(users: list[str]) -> list[str]:
+    """The folders, or how many there are where a stage has many."""
+    stages = Counter(folder.partition("/")[0] for folder in users)
+    few = [folder for folder in users if stages[folder.partition("/")[0]] <= NAMED]
+    return few + [f"{n:,} {stage}" for stage, n in stages.items() if n > NAMED]
 
 
 def collect_garbage(storage: Storage, delete: bool) -> list[str]:

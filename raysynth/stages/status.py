@@ -21,7 +21,7 @@ from raysynth.core.progress import console, say
 from raysynth.stages.live import Picture, Rendering, gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep
 from raysynth.stages.plan import wanted_rows
-from raysynth.stages.sweep import find_trials
+from raysynth.stages.sweep import find_trials, rendering
 from raysynth.synth.ledger import ABSENT, FAILED, REJECTED, Ledger
 from raysynth.synth.settle import read_settled
 from raysynth.synth.throughput import Throughput
@@ -88,10 +88,10 @@ class Status:
         """Artifacts, the progress of rendering, and how many trials of a sweep are trained."""
         parts: list[RenderableType] = [artifacts_table(self.pipeline)]
         for status in self._renderings():
-            rendering = status.read()
+            now = status.read()
             spare = 2 + parts[0].row_count if isinstance(parts[0], Table) else 2
-            notes = status.notes(rendering)
-            parts += ["", Picture(rendering, spare=spare + len(notes)), *(Text(note, no_wrap=True) for note in notes)]
+            notes = status.notes(now)
+            parts += ["", Picture(now, spare=spare + len(notes)), *(Text(note, no_wrap=True) for note in notes)]
         parts += self._trials()
         return Group(*parts)
 
@@ -99,8 +99,7 @@ class Status:
         """The sets that images are rendered into, as far as they have names."""
         pipelines = [self.pipeline]
         if is_sweep(self.pipeline.experiment):
-            arms = (p for _, p in self.pipeline.arm_pipelines)
-            pipelines = [p for p in arms if p.experiment.training_set.needs_synthetic]
+            pipelines = rendering(self.pipeline.arm_pipelines)
         found: dict[tuple[str, str], SetStatus] = {}
         for p in pipelines:
             try:

@@ -158,10 +158,15 @@ def make_images(own: Sequence[tuple[Arm, Pipeline]], retry_failed: bool = False)
     for stage in ("train-generator", "plan"):
         for p in needing.values():
             _ensure(p, stage)
-    # Largest first: what follows finds its rows rendered.
-    for i, artifact in _cover(needing).items():
-        if needing[i].generated is artifact:
-            _ensure(needing[i], "generate", retry_failed)
+    for p in rendering(own):
+        _ensure(p, "generate", retry_failed)
+
+
+def rendering(own: Sequence[tuple[Arm, Pipeline]]) -> list[Pipeline]:
+    """The pipelines whose generate artifacts list all that the arms train on; of a set and plan, the largest first, so
+    that what follows finds its rows rendered. Arms whose generator or plan is not there yet are left out."""
+    ready = {i: p for i, (_, p) in enumerate(own) if _synthetic(p) and p.images.complete and _planned(p)}
+    return [ready[i] for i, artifact in _cover(ready).items() if ready[i].generated is artifact]
 
 
 def _ensure(p: Pipeline, stage: str, again: bool = False) -> None:

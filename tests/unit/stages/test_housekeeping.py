@@ -1,18 +1,20 @@
-"""What `gc` lists and deletes, also where a driver comes while it is at it. One process, no Ray."""
+"""What `ls` shows; what `gc` lists and deletes, also where a driver comes while it is at it. One process, no Ray."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from raysynth.core.artifacts import Artifact
 from raysynth.core.lease import Lease
 from raysynth.core.storage import open_storage
 from raysynth.stages import housekeeping
-from raysynth.stages.housekeeping import collect_garbage
+from raysynth.stages.housekeeping import collect_garbage, show_artifacts
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
@@ -44,6 +46,24 @@ def killed_before_its_wave(store: SyntheticSet, wanted: Wanted, monkeypatch: pyt
     old(store, "waves")
     (path,) = {e.path for e in store.storage.list(store.file("waves"))} - before
     return path
+
+
+def test_artifacts_with_size_and_users(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = open_storage(str(tmp_path))
+    images = Artifact.at(storage, "ingest", "t", 1, {}, {})
+    images.put("table.parquet", bytes(2_500_000))
+    images.commit({})
+    for stage, n in (("plan", 3), ("train-classifier", 4)):
+        for i in range(n):
+            Artifact.at(storage, stage, "t", 1, {"i": i}, {"images": images.digest()}).commit({})
+    Artifact.at(storage, "view", "t", 1, {}, {"images": images.digest()}).put("part", b"12")
+    show_artifacts(storage)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    first = next(i for i, line in enumerate(lines) if line.startswith("ingest/"))
+    assert re.match(r"ingest/t-\w+ done 2\.5 MB plan/t-\w+", lines[first])
+    assert all(re.fullmatch(r"plan/t-\w+", line) for line in lines[first + 1 : first + 3])
+    assert lines[first + 3] == "4 train-classifier"
+    assert any(re.fullmatch(r"view/t-\w+ incomplete 2 bytes", line) for line in lines)
 
 
 def test_orphans_are_listed_and_deleted_when_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

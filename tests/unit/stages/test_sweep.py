@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
@@ -14,6 +17,7 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.storage import open_storage
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import plan
+from raysynth.stages.status import Status
 from raysynth.stages.sweep import _cover, find_trials, make_images, named_trials
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.stages.trial import side_by_side, trial_resources
@@ -66,6 +70,14 @@ def test_the_largest_selection_is_made_for_all(tmp_path: Path) -> None:
     assert set(found) == {f"{a}, {s}" for a in ("x1", "x3", "first 5") for s in (0, 1)}
     assert len({a.path for a in found.values()}) == 1
     assert next(iter(found.values())).identity["config"]["ratio"] == 3
+
+
+def test_status_shows_what_is_rendered_and_no_selection_of_it(tmp_path: Path) -> None:
+    pipeline = ingested(experiment(tmp_path))
+    planned(pipeline)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(Status(pipeline).look())
+    assert re.findall(r"[\d,]+/[\d,]+ images", console.file.getvalue()) == ["0/60 images"]
 
 
 def test_arms_with_another_guidance_or_generator_seed_have_images_of_their_own(tmp_path: Path) -> None:
