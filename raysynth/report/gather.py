@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 import yaml
 from rich.table import Table
 
@@ -104,11 +105,18 @@ def _arms(pipeline: Pipeline, trials: Sequence[Trial], facts: Sequence[dict[str,
     for name, mine in _by_arm(trials).items():
         first, steps = known[id(mine[0])], [known[id(t)]["gradient_steps"] for t in mine]
         classifier = mine[0].experiment.classifier
+        ratio = _repeated(mine[0]) if first["strategy"] == "duplicate" else first["ratio"]
         changes = ", ".join(f"{k} {plain(v, k)}" for k, v in settings.get(name, {}).items())
-        rows.append({**{k: v for k, v in first.items() if k != "notes"}, "arm": name, "changes": changes,
-                     "seeds": ", ".join(str(t.seed) for t in mine), "gradient_steps": min(steps),
+        rows.append({**{k: v for k, v in first.items() if k != "notes"}, "arm": name, "ratio": ratio,
+                     "changes": changes, "seeds": ", ".join(str(t.seed) for t in mine), "gradient_steps": min(steps),
                      "most_steps": max(steps), "step_budget": classifier.steps if classifier else None})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _repeated(trial: Trial) -> float:
+    """Copies of its real images that a classifier trained on beside them, per real image."""
+    members = from_parquet(trial.classifier.storage.get(trial.classifier.file("members.parquet")), ["id"])["id"]
+    return len(members) / pc.count_distinct(members).as_py() - 1
 
 
 def _confusion(pipeline: Pipeline, trials: Sequence[Trial]) -> dict[str, tuple[np.ndarray, list[str]]]:

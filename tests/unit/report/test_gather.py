@@ -24,7 +24,7 @@ from raysynth.metrics.calibration import reliability
 from raysynth.report import write_report
 from raysynth.report.answer import answer
 from raysynth.report.data import ReportData
-from raysynth.report.gather import gather
+from raysynth.report.gather import _arms, gather
 from raysynth.report.tables import recipes
 from raysynth.stages.evaluate import judge_trial
 from raysynth.stages.predictions import open_test_sets, predictions_artifact
@@ -118,6 +118,16 @@ def test_arms_are_told_with_the_steps_they_took(data: ReportData) -> None:
     assert {r[0].text: r[2].text for r in table.rows} == {"real": "30 to 35 of 60", "x1": "60", "x4": "60"}
     (sentence,) = [s for s in answer(data).not_shown if "equal compute" in s]
     assert "from 30 to 60; early stopping ended “real” before all steps were taken" in sentence
+
+
+def test_repeated_real_images_have_a_ratio_too(tmp_path: Path) -> None:
+    """So that the control stands in the curve beside the arm that it controls."""
+    storage = open_storage(str(tmp_path))
+    trial = Trial("x1", 0, WHOLE, classifier(storage, "x1", 0))
+    storage.put(trial.classifier.file("members.parquet"), to_parquet(pa.table({"id": ["a", "b"] * 4})))
+    for strategy, ratio in (("duplicate", 3), ("mix", 1)):
+        facts = trial.facts | {"strategy": strategy, "ratio": 1 if strategy == "mix" else 0}
+        assert _arms(SimpleNamespace(arm_pipelines=[]), [trial], [facts])["ratio"].tolist() == [ratio]
 
 
 def test_of_several_selections_the_largest_is_paid(data: ReportData) -> None:
