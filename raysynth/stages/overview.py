@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import yaml
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import GateFailed
+from raysynth.core.errors import GateFailed, NotReady
 from raysynth.core.identity import plain
 from raysynth.core.progress import Progress, console, say
-from raysynth.core.storage import Storage
 from raysynth.stages.generated import index_tables
 from raysynth.stages.housekeeping import artifacts_of_set
 from raysynth.stages.live import gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.status import artifacts_table
+from raysynth.stages.sweep import rendering
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
@@ -68,44 +70,75 @@ def show_dry_run(pipeline: Pipeline) -> None:
 
 
 def verify_set(pipeline: Pipeline, repair: bool) -> None:
-    """Prints what `verify` found.
+    """Prints what `verify` found of every synthetic set that the experiment's images are in.
 
     Args:
-        repair: give up corrupt shards, and unmake artifacts that list images which the set does not hold.
+        repair: give up corrupt shards, and unmake artifacts that list images which a set does not hold.
 
     Raises:
-        GateFailed: the set does not hold exactly what is wanted.
+        GateFailed: a set does not hold exactly what is wanted of it.
+        NotReady: every set does, but images are wanted that have no generator or plan yet.
     """
-    store, storage = pipeline.synthetic_set, pipeline.storage
-    wanted = wanted_rows(pipeline.experiment, storage, pipeline.plan)
-    with Progress("verify", len(store.done()), "shards") as progress:
-        verdict = verify(store, wanted, progress.advance)
-    for line in verdict.lines():
-        say(line)
-    if verdict.clean:
-        say(f"verify: clean, {store.path}")
-        return
     again = "`raysynth run`" if is_sweep(pipeline.experiment) else "`raysynth generate`"
-    stale = _stale(storage, store, verdict)
-    if repair and (stale or verdict.corrupt):
-        # Artifacts first: where this is killed, the shards are still corrupt and the same command goes on.
-        for folder in stale:
-            storage.delete(f"{folder}/_SUCCESS")
-            say(f"verify: {folder} lists images that are gone, and is no longer complete")
-        given_up = give_up(store, verdict)
-        say(f"verify: {given_up} corrupt shards given up; {again} renders them again")
-        return
-    remedy = f"`--repair`, then {again}" if stale or verdict.corrupt else again
-    raise GateFailed(f"verify: {store.path} is not what the plan wants. {remedy} mends it.")
+    pipelines, waiting = _rendering(pipeline)
+    sets: dict[str, list[Pipeline]] = {}
+    for p in pipelines:
+        sets.setdefault(p.synthetic_set.path, []).append(p)
+    if not sets and not waiting:
+        say("verify: no arm trains on synthetic images")
+    unclean, repairable = [], False
+    for path, members in sets.items():
+        store, wanted = members[0].synthetic_set, [wanted_rows(p.experiment, p.storage, p.plan) for p in members]
+        with Progress("verify", len(store.done()), "shards") as progress:
+            verdict = verify(store, *wanted, advance=progress.advance)
+        for line in verdict.lines():
+            say(f"{path}: {line}")
+        if verdict.clean:
+            say(f"verify: clean, {path}")
+            continue
+        stale = _stale(store, verdict)
+        if repair and (stale or verdict.corrupt):
+            _repair(store, verdict, stale, again)
+            continue
+        unclean.append(path)
+        repairable |= bool(stale or verdict.corrupt)
+    words = [f"{path} is not what the plan wants." for path in unclean]
+    words += [f"{'`--repair`, then ' * repairable}{again} mends it."] if unclean else []
+    words += [f"Images of {'; '.join(waiting)} have no generator or plan yet: {again}."] if waiting else []
+    if words:
+        raise (GateFailed if unclean else NotReady)(f"verify: {' '.join(words)}")
 
 
-def _stale(storage: Storage, store: SyntheticSet, verdict: Verdict) -> list[str]:
+def _rendering(pipeline: Pipeline) -> tuple[list[Pipeline], list[str]]:
+    """The pipelines that together want all of the experiment's images; the arms whose images have no name yet."""
+    if not is_sweep(pipeline.experiment):
+        return [pipeline], []
+    before = ("ingest", "train-generator", "plan")
+    ready, waiting = [], []
+    for arm, p in pipeline.arm_pipelines:
+        if p.experiment.training_set.needs_synthetic:
+            (ready if all(map(p.is_complete, before)) else waiting).append((arm, p))
+    # The experiment's own selection is made by `raysynth generate` only, and need not be any arm's.
+    own = [pipeline] if pipeline.is_complete("generate") else []
+    return [*rendering(ready), *own], list(dict.fromkeys(arm.name for arm, _ in waiting))
+
+
+def _repair(store: SyntheticSet, verdict: Verdict, stale: Sequence[str], again: str) -> None:
+    # Artifacts first: where this is killed, the shards are still corrupt and the same command goes on.
+    for folder in stale:
+        store.storage.delete(f"{folder}/_SUCCESS")
+        say(f"verify: {folder} lists images that are gone, and is no longer complete")
+    given_up = give_up(store, verdict)
+    say(f"verify: {given_up} corrupt shards of {store.path} given up; {again} renders them again")
+
+
+def _stale(store: SyntheticSet, verdict: Verdict) -> list[str]:
     """Complete artifacts of the set that list a part which is corrupt or which no marker names: `generate` would say
     that they are done."""
     intact = store.done() - verdict.corrupt.keys()
     parts = {marker["part"] for marker in store.markers(intact).values()}
     return [
-        folder for folder in artifacts_of_set(storage, store.path)
+        folder for folder in artifacts_of_set(store.storage, store.path)
         if any(not parts.issuperset(rows["part"].unique().to_pylist())
-               for rows in index_tables(Artifact.open(storage, folder), ["part"]))
+               for rows in index_tables(Artifact.open(store.storage, folder), ["part"]))
     ]  # fmt: skip

@@ -41,7 +41,7 @@ class Verdict:
     extra: list[str] = field(default_factory=list)
     """Files no marker or wave accounts for: orphans for `gc`."""
     unwanted: int = 0
-    """Committed rows this plan does not ask for (another plan's, or a larger one's); no fault."""
+    """Committed rows that nothing given asks for (another plan's, or a larger one's); no fault."""
 
     @property
     def clean(self) -> bool:
@@ -81,13 +81,15 @@ def shard_fault(store: SyntheticSet, wave: Wave, shard: int, marker: dict[str, A
 
 
 def verify(
-    store: SyntheticSet, wanted: Wanted, advance: Callable[[int], None] = lambda n: None, threads: int = 8
+    store: SyntheticSet, *wanted: Wanted, advance: Callable[[int], None] = lambda n: None, threads: int = 8
 ) -> Verdict:
     """Checks every committed shard of the set and counts the wanted rows.
 
     Args:
+        wanted: what each plan or selection wants of the set; a row that several want counts once.
         advance: called with 1 after each shard.
     """
+    keys = np.unique(np.concatenate([w.keys for w in wanted]))
     ledger = Ledger(store)
     where = {shard: wave for wave in ledger.waves for shard in wave.shards}
     shards = sorted(ledger.done & where.keys())
@@ -101,12 +103,12 @@ def verify(
 
     with ThreadPoolExecutor(threads) as pool:
         faults = dict(zip(shards, pool.map(look, shards)))
-    verdict = Verdict(wanted=len(wanted), corrupt={s: f for s, f in faults.items() if f})
+    verdict = Verdict(wanted=len(keys), corrupt={s: f for s, f in faults.items() if f})
     duplicate = ledger.duplicates(ledger.statuses(markers))
     intact = ledger.statuses({s: m for s, m in markers.items() if s not in verdict.corrupt}, verdict.corrupt)
-    held = ledger.find(wanted.keys, intact).status
+    held = ledger.find(keys, intact).status
     verdict.ok, verdict.failed, verdict.rejected = (int((held == s).sum()) for s in (OK, FAILED, REJECTED))
-    verdict.missing = unpack(wanted.keys[held == ABSENT]).to_pylist()
+    verdict.missing = unpack(keys[held == ABSENT]).to_pylist()
     there = np.unique(ledger.keys[intact[ledger.order] > ABSENT])
     verdict.unwanted = len(there) - int((held > ABSENT).sum())
     verdict.duplicate = unpack(duplicate).to_pylist()

@@ -44,7 +44,7 @@ def main(root: str) -> None:
     assert "images/s" not in again, "a second run renders nothing"
     assert "classifiers to train" not in again, "a second run trains nothing"
     print(f"quickstart: {rows} images, second run {time.monotonic() - began:.1f} s")
-    repair_a_corrupt_shard(root)
+    repair_corrupt_shards(root)
 
 
 def rendered_once(root: str) -> int:
@@ -88,32 +88,40 @@ def check_page(folder: Path) -> None:
     assert {"metrics.csv", "comparisons.csv", "arms.csv"} <= {p.name for p in folder.iterdir()}
 
 
-def repair_a_corrupt_shard(root: str) -> None:
-    """One flipped byte is found, its shard alone is rendered again, to the same image hashes."""
+def repair_corrupt_shards(root: str) -> None:
+    """One flipped byte in each synthetic set is found; they alone are rendered again, to the same hashes."""
     from raysynth.core.config import load_experiment
     from raysynth.stages.pipeline import Pipeline
 
     words = [str(Path(raysynth_package.__file__).parent / "quickstart.yaml"), f"root={root}", *SHORT]
-    store = Pipeline(load_experiment(words[0], words[1:])).synthetic_set
     status = raysynth("status", *words)
     assert "1,000/1,000 images" in status
     assert "trials: 16/16 trained" in status
-    assert "clean" in raysynth("verify", *words)
-    shard = max(store.done())
-    before = pq.read_table(io.BytesIO(store.part(store.marker(shard)["part"]))).column("sha256").to_pylist()
-    file = store.file(store.marker(shard)["part"])
-    data = bytearray(store.storage.get(file))
-    data[100] ^= 1
-    store.storage.put(file, bytes(data))
-    assert "is not what was committed" in raysynth("verify", *words, code=3)
-    assert "generate/quickstart-short-" in raysynth("verify", *words, "--repair")
-    assert f"{len(before)} rows" in raysynth("generate", *words)
-    assert "clean" in raysynth("verify", *words)
-    new = max(store.done())
-    assert pq.read_table(io.BytesIO(store.part(store.marker(new)["part"]))).column("sha256").to_pylist() == before
+    arms = Pipeline(load_experiment(words[0], words[1:])).arm_pipelines
+    stores = {p.synthetic_set.path: p.synthetic_set for _, p in arms if p.experiment.training_set.needs_synthetic}
+    assert len(stores) == 2, "the donor's and the own generator's"
+    assert raysynth("verify", *words).count("verify: clean, ") == 2
+
+    def last_shard(store: SyntheticSet) -> list[str]:
+        part = store.part(store.marker(max(store.done()))["part"])
+        return pq.read_table(io.BytesIO(part)).column("sha256").to_pylist()
+
+    before = {path: last_shard(store) for path, store in stores.items()}
+    for store in stores.values():
+        file = store.file(store.marker(max(store.done()))["part"])
+        data = bytearray(store.storage.get(file))
+        data[100] ^= 1
+        store.storage.put(file, bytes(data))
+    assert raysynth("verify", *words, code=3).count("is not what was committed") == 2
+    assert raysynth("verify", *words, "--repair").count("generate/quickstart-short-") >= 2
+    again = raysynth("run", *words)
+    for path, hashes in before.items():
+        assert f"of {path}: {len(hashes)} rows in 1 shards" in again
+    assert raysynth("verify", *words).count("verify: clean, ") == 2
+    assert {path: last_shard(store) for path, store in stores.items()} == before
     assert "synthetic-sets/" in raysynth("ls", root)
     assert "0 orphan files" in raysynth("gc", root)
-    print("quickstart: one corrupt shard found, rendered again to the same bytes")
+    print("quickstart: a corrupt shard in each set found, rendered again to the same bytes")
 
 
 def raysynth(*words: str, code: int = 0) -> str:

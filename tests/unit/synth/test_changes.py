@@ -135,6 +135,17 @@ def test_growing_from_3_to_10_equals_10_at_once(tmp_path: Path) -> None:
     assert verify(grown, wanted_rows(replicas=3)).unwanted == 84
 
 
+def test_what_several_plans_want_is_verified_once(tmp_path: Path) -> None:
+    store, few, many = synthetic_set(str(tmp_path)), wanted_rows(n=12, replicas=2), wanted_rows(n=8, replicas=4)
+    render_all(store, few, FakeRenderer())
+    verdict = verify(store, few, many)
+    assert (verdict.wanted, verdict.ok, verdict.unwanted, verdict.clean) == (40, 24, 0, False)
+    assert set(verdict.missing) == keys(n=8, replicas=4) - keys(n=12, replicas=2)
+    render_all(store, many, FakeRenderer())
+    assert verify(store, few, many).clean
+    assert verify(store, many).unwanted == 8
+
+
 def test_files_a_run_leaves(tmp_path: Path) -> None:
     store = synthetic_set(str(tmp_path))
     render_all(store, wanted_rows(n=4), FakeRenderer())
