@@ -18,6 +18,7 @@ import pyarrow as pa
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import Damaged
 from raysynth.core.schemas import from_parquet, to_parquet
+from raysynth.core.storage import Storage
 from raysynth.synth.ledger import FAILED, Places, rows_table
 from raysynth.synth.sets import SyntheticSet, is_content
 from raysynth.synth.wanted import CHUNK, Wanted
@@ -69,15 +70,31 @@ def synthetic_set_of(artifact: Artifact) -> SyntheticSet:
     return SyntheticSet.open(artifact.storage, artifact.run_info()["synthetic_set"].partition("/")[2])
 
 
+def read_part(storage: Storage, path: str) -> bytes:
+    """Bytes of a synthetic set's part.
+
+    Args:
+        path: relative to the storage root.
+
+    Raises:
+        Damaged: it is gone or not what was committed.
+    """
+    try:
+        data = storage.get(path)
+    except FileNotFoundError:
+        data = b""
+    if not is_content(path, data):
+        raise Damaged(f"{path} is not what was committed: `raysynth verify --repair`.")
+    return data
+
+
 def read_images(artifact: Artifact, index: pd.DataFrame) -> Iterator[pa.Table]:
     """Synthetic rows of `index` (rows of `load_index`), images included, one table a part.
 
     Raises:
-        Damaged: a part is not what was committed.
+        Damaged: a part is gone or not what was committed.
     """
     store = synthetic_set_of(artifact)
     for part, rows in index.groupby("part", sort=True):
-        data = store.part(str(part))
-        if not is_content(str(part), data):
-            raise Damaged(f"{store.file(str(part))} is not what was committed: `raysynth verify --repair`.")
+        data = read_part(store.storage, store.file(str(part)))
         yield from_parquet(data).take(pa.array(sorted(rows["place"])))

@@ -1,7 +1,8 @@
 """Builds training views: Ray Data decodes and resizes the wanted images once (see raysynth.data.views).
 
-One Ray Data row is one part file of the images; its task writes one chunk to storage and returns a line of facts, so
-pixels never pass through the driver. The index is ordered by a hash of the image id, whatever the parts are.
+One Ray Data row is one part file of the images; its task writes one chunk to storage and returns a line of facts (of
+synthetic images also their lines of the index), so pixels never pass through the driver. The index is ordered by a
+hash of the image id, whatever the parts are.
 
 Input: an ingest artifact and image ids, or a generate artifact. Output: a `view` artifact: `chunks/*.npy`,
 `index.parquet` (image_id, split, chunk, row, labels and attributes; real ones also patient_id and site, synthetic ones,
@@ -11,7 +12,7 @@ whose image_id is the row key, source_image_id).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ import pyarrow.parquet as pq
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.cache import local_folder
-from raysynth.core.errors import DataError
+from raysynth.core.errors import Damaged, DataError
 from raysynth.core.experiment import Experiment
 from raysynth.core.identity import content_digest, sha256_bytes
 from raysynth.core.presets import resolve_image
 from raysynth.core.progress import Progress
-from raysynth.core.schemas import ATTRIBUTE, LABEL, to_parquet
+from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.images import decode_png, to_size
 from raysynth.data.views import CHUNKS, INDEX, View, npy_bytes
-from raysynth.stages.generated import load_index, synthetic_set_of
+from raysynth.stages.generated import load_index, read_part, synthetic_set_of
 
 STAGE = "view"
 STAGE_VERSION = 2
@@ -60,7 +61,7 @@ def build_view(
     if index.num_rows != len(set(ids)):
         absent = sorted(set(ids) - set(index["image_id"].to_pylist()))
         raise DataError("image_id", absent[0], f"among the images of {storage.url(images.path)}")
-    _decode(storage, view, work, index.num_rows)
+    _decode(storage, view, write_chunk, work, index.num_rows)
     view.put(INDEX, to_parquet(index))
     view.commit({"images": index.num_rows, "chunks": len(work)})
     return view
@@ -71,6 +72,9 @@ def build_synthetic_view(experiment: Experiment, storage: Storage, generated: Ar
 
     Args:
         generated: a complete generate artifact; its experiment's `name` need not be this one's.
+
+    Raises:
+        Damaged: a part is gone or not what was committed.
     """
     spec = resolve_image(experiment.data.image)
     config = {"size": size, "channels": spec.channels, "fit": spec.fit, "source": "synthetic"}
@@ -80,18 +84,12 @@ def build_synthetic_view(experiment: Experiment, storage: Storage, generated: Ar
     rows = load_index(generated)
     rows = rows[rows["status"] == "ok"]
     store = synthetic_set_of(generated)
-    tables, work = [], []
-    for number, (part, mine) in enumerate(rows.groupby("part", sort=True)):
-        path, places = store.file(str(part)), sorted(mine["place"])
-        with storage.open(path) as f:
-            names = pq.read_schema(f).names
-        kept = ["row_key", "source_image_id", "split", *(n for n in names if n.startswith((LABEL, ATTRIBUTE)))]
-        with storage.open(path) as f:
-            table = pq.read_table(f, columns=kept).take(pa.array(places))
-        tables.append(_placed(table.rename_columns({"row_key": "image_id"}), view, path, places, size, number, work,
-                              str(spec.fit)))  # fmt: skip
-    index = _hash_order(pa.concat_tables(tables))
-    _decode(storage, view, work, index.num_rows)
+    work = [
+        _work(view, store.file(str(part)), sorted(mine["place"]), size, number, str(spec.fit))
+        for number, (part, mine) in enumerate(rows.groupby("part", sort=True))
+    ]
+    facts = _decode(storage, view, write_synthetic_chunk, work, len(rows))
+    index = _hash_order(pa.concat_tables(from_parquet(fact["index"]) for fact in facts))
     view.put(INDEX, to_parquet(index))
     view.commit({"images": index.num_rows, "chunks": len(work)})
     return view
@@ -120,21 +118,22 @@ def _index(
         rows = [i for i, name in enumerate(table["image_id"].to_pylist()) if name in ids]
         if not rows:
             continue
-        tables.append(_placed(table.take(rows), view, part, rows, size, number, work, fit))
+        work.append(_work(view, part, rows, size, number, fit))
+        tables.append(_placed(table.take(rows), work[-1]["chunk"]))
     if not tables:
         return pa.table({"image_id": pa.array([], pa.string())}), []
     return _hash_order(pa.concat_tables(tables)), work
 
 
-def _placed(
-    table: pa.Table, view: Artifact, part: str, rows: list[int], size: int, number: int, work: list[dict[str, Any]],
-    fit: str,
-) -> pa.Table:  # fmt: skip
-    """`table` with the chunk and row its images will have; adds the chunk to `work`."""
-    chunk = f"{number:05d}.npy"
-    work.append({"part": part, "rows": rows, "chunk": view.file(f"{CHUNKS}/{chunk}"), "size": size, "fit": fit})
-    table = table.append_column("chunk", pa.array([chunk] * len(rows)))
-    return table.append_column("row", pa.array(range(len(rows)), pa.int64()))
+def _work(view: Artifact, part: str, rows: list[int], size: int, number: int, fit: str) -> dict[str, Any]:
+    """What the task of one part file is told."""
+    return {"part": part, "rows": rows, "chunk": view.file(f"{CHUNKS}/{number:05d}.npy"), "size": size, "fit": fit}
+
+
+def _placed(table: pa.Table, chunk: str) -> pa.Table:
+    """`table` with the chunk and row that its images have."""
+    table = table.append_column("chunk", pa.array([Path(chunk).name] * table.num_rows, pa.string()))
+    return table.append_column("row", pa.array(range(table.num_rows), pa.int64()))
 
 
 def _hash_order(table: pa.Table) -> pa.Table:
@@ -142,7 +141,14 @@ def _hash_order(table: pa.Table) -> pa.Table:
     return table.take(sorted(range(len(keys)), key=keys.__getitem__))
 
 
-def _decode(storage: Storage, view: Artifact, work: list[dict[str, Any]], total: int) -> None:
+def _decode(
+    storage: Storage, view: Artifact, write: Callable[..., dict[str, Any]], work: list[dict[str, Any]], total: int
+) -> list[dict[str, Any]]:
+    """Has every chunk written. Returns what the tasks say of them, in any order.
+
+    Raises:
+        Damaged: a task says that its part is.
+    """
     import ray.data
 
     from raysynth.stages.cluster import quiet_data_context
@@ -150,19 +156,43 @@ def _decode(storage: Storage, view: Artifact, work: list[dict[str, Any]], total:
     quiet_data_context()
     # One row a block: a small list would otherwise become one task.
     rows = ray.data.from_items(work, override_num_blocks=len(work)).map(
-        write_chunk, fn_kwargs={"storage": storage}, num_cpus=1
+        write, fn_kwargs={"storage": storage}, num_cpus=1
     )
+    facts = []
     with Progress(STAGE, total, "images") as progress:
         for row in rows.iter_rows():
+            if row.get("damaged"):
+                raise Damaged(row["damaged"])
             view.register(f"{CHUNKS}/{Path(row['chunk']).name}", row["sha256"])
             progress.advance(int(row["images"]))
+            facts.append(row)
+    return facts
 
 
 def write_chunk(row: dict[str, Any], storage: Storage) -> dict[str, Any]:
     """Decodes and resizes the wanted rows of one part file and writes them as one chunk; runs in a Ray Data task."""
     with storage.open(row["part"]) as f:
-        cells = pq.read_table(f, columns=["image"])["image"].take(pa.array(row["rows"])).to_pylist()
-    images = [to_size(decode_png(cell["bytes"]), int(row["size"]), row["fit"]) for cell in cells]
-    data = npy_bytes(np.stack(images))
+        images = pq.read_table(f, columns=["image"])["image"]
+    return _write(row, images.take(pa.array(row["rows"])), storage)
+
+
+def write_synthetic_chunk(row: dict[str, Any], storage: Storage) -> dict[str, Any]:
+    """As `write_chunk` for a part of a synthetic set; also says its lines of the index, or that it is damaged.
+
+    Ray Data would hand on an error as its own, with this one's words inside a traceback.
+    """
+    try:
+        data = read_part(storage, row["part"])
+    except Damaged as damaged:
+        return {"chunk": row["chunk"], "damaged": str(damaged)}
+    table = from_parquet(data).take(pa.array(row["rows"]))
+    names = (n for n in table.column_names if n.startswith((LABEL, ATTRIBUTE)))
+    index = table.select(["row_key", "source_image_id", "split", *names]).rename_columns({"row_key": "image_id"})
+    return {**_write(row, table["image"], storage), "index": to_parquet(_placed(index, row["chunk"])), "damaged": ""}
+
+
+def _write(row: dict[str, Any], images: pa.ChunkedArray, storage: Storage) -> dict[str, Any]:
+    pixels = [to_size(decode_png(cell["bytes"]), int(row["size"]), row["fit"]) for cell in images.to_pylist()]
+    data = npy_bytes(np.stack(pixels))
     storage.put(row["chunk"], data)
-    return {"chunk": row["chunk"], "sha256": sha256_bytes(data), "images": len(images)}
+    return {"chunk": row["chunk"], "sha256": sha256_bytes(data), "images": len(pixels)}
