@@ -6,9 +6,17 @@ As `core.checks`, which calls this: input is an `Experiment`, output nothing or 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from raysynth.core.errors import require
+from raysynth.core.evidence import Sweep
 from raysynth.core.experiment import Experiment
+
+JUDGING = ("sweep", "evaluation", "compute", "root", "name")
+"""What every arm shares whole."""
+ARM_DATA = ("data.image", "data.labels.policy", "data.age_bins")
+"""Keys of `data` that an arm may change: how images and annotations are read, not which there are and whose."""
 
 
 def check_evidence(e: Experiment) -> None:
@@ -136,11 +144,6 @@ def _check_sweep(e: Experiment) -> None:
             changes is None or isinstance(changes, dict), f"sweep.arms[{name}]", changes, "a mapping of keys to values",
             f"Example: {name}: {{training_set.ratio: 3}}",
         )  # fmt: skip
-        for key in changes or {}:
-            require(
-                not key.startswith(("sweep", "evaluation", "compute", "root", "name")), f"sweep.arms[{name}].{key}",
-                changes[key], "a key that an arm may change", "Arms differ in what is made and trained, not judged.",
-            )  # fmt: skip
     for name in s.only:
         require(name in s.arms, "sweep.only", name, f"an arm of the sweep ({', '.join(s.arms)})")
     for key, values in s.factors.items():
@@ -148,6 +151,7 @@ def _check_sweep(e: Experiment) -> None:
             isinstance(values, list) and bool(values), f"sweep.factors.{key}", values, "a list of values",
             f"Write [{values}].",
         )  # fmt: skip
+    _check_changes(s)
     if (s.arms or s.factors) and e.classifier is None:
         require(False, "classifier", None, "a section where there is a sweep", "Add `classifier: {}` for defaults.")
     p = e.evaluation.primary
@@ -159,3 +163,31 @@ def _check_sweep(e: Experiment) -> None:
                 bool(arm) and (bool(s.factors) or arm in s.chosen), f"evaluation.primary.{key}", arm,
                 f"an arm of the sweep ({known})",
             )  # fmt: skip
+
+
+def _check_changes(s: Sweep) -> None:
+    """Refuses keys of arms, factors and seeds in which arms may not differ."""
+    typed = [(f"sweep.arms[{name}].", changes or {}) for name, changes in s.arms.items()]
+    typed += [("sweep.factors.", {key: value}) for key, values in s.factors.items() for value in values]
+    changed = [(prefix + key, key, value) for prefix, changes in typed for key, value in _taken_apart(changes)]
+    for where, key, got in [*changed, *(("sweep.seed_keys", key, key) for key in s.seed_keys)]:
+        section = key.split(".")[0]
+        require(
+            section not in JUDGING, where, got, "a key that an arm may change",
+            "Arms differ in what is made and trained, not judged.",
+        )  # fmt: skip
+        require(
+            section != "data" or any(key == k or key.startswith(f"{k}.") for k in ARM_DATA), where, got,
+            f"of `data` one of {', '.join(ARM_DATA)}",
+            "Arms share images, patients and splits, so that none trains on what the others are tested on. Write one "
+            "experiment a split; images from elsewhere go under evaluation.test_sets.",
+        )  # fmt: skip
+
+
+def _taken_apart(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that dotted keys and nested sections set."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _taken_apart(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

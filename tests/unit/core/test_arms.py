@@ -70,6 +70,45 @@ def test_a_wrong_arm_is_named(changes: Any, text: str) -> None:
         experiment(sweep={"arms": {"x": changes}})
 
 
+@pytest.mark.parametrize("key", [
+    "data.split.seed", "data.split.test", "data.split.keep", "data.path", "data.images", "data.kind", "data.dataset",
+    "data.columns.patient", "data.columns.split", "data.columns.id", "data.labels.classes", "data.labels.kind",
+])  # fmt: skip
+def test_arms_share_images_patients_and_splits(key: str) -> None:
+    """Else an arm trains on what the others are tested on."""
+    section, _, rest = key.partition(".")
+    inner, _, leaf = rest.partition(".")
+    nested = {section: {inner: {leaf: 1} if leaf else 1}}
+    refused = r"must be of `data` one of data.image, data.labels.policy, data.age_bins. .* one experiment a split; "
+    for sweep, where in (
+        ({"arms": {"x": {key: 1}}}, rf"sweep.arms\[x\].{key}: got 1, "),
+        ({"arms": {"x": nested}}, rf"sweep.arms\[x\].{key}: got 1, "),
+        ({"factors": {key: [1]}}, f"sweep.factors.{key}: got 1, "),
+        ({"factors": {section: [nested[section]]}}, f"sweep.factors.{key}: got 1, "),
+        ({"seeds": [0, 1], "seed_keys": ["classifier.seed", key]}, f"sweep.seed_keys: got '{key}', "),
+    ):
+        with pytest.raises(ConfigError, match=f"{where}{refused}"):
+            experiment(sweep=sweep)
+
+
+def test_arms_may_read_images_and_annotations_otherwise() -> None:
+    sweep = {
+        "arms": {"a": {"data": {"image": {"size": 16}, "labels": {"policy": {"1": "ones"}}}},
+                 "b": {"data.image.size": 32, "data.age_bins": [50]}},
+        "factors": {"data.image.value_range": ["full", "percentile"]},
+    }  # fmt: skip
+    found = [a.experiment.data for a in arms(experiment(sweep=sweep))]
+    assert [d.image.size for d in found] == [16, 16, 32, 32]
+    assert [d.image.value_range for d in found] == ["full", "percentile"] * 2
+
+
+@pytest.mark.parametrize("key", ["evaluation.seed", "compute.trial_cpus", "root", "name", "sweep.seeds"])
+def test_factors_and_seeds_judge_alike(key: str) -> None:
+    for sweep in ({"factors": {key: [1]}}, {"seeds": [0, 1], "seed_keys": ["classifier.seed", key]}):
+        with pytest.raises(ConfigError, match=r"sweep.(factors|seed_keys).*Arms differ in what is made and trained"):
+            experiment(sweep=sweep)
+
+
 @pytest.mark.parametrize(("sections", "text"), [
     ({"sweep": {"factors": {"sampling.steps": 5}}}, "sweep.factors.sampling.steps: .*a list of values"),
     ({"sweep": {"seeds": [1, 1]}}, "sweep.seeds"),
