@@ -25,7 +25,7 @@ from raysynth.stages.ingest import ingest, ingest_artifact
 from raysynth.stages.plan import plan, plan_artifact
 from raysynth.stages.predictions import ingest_test_sets, open_test_sets
 from raysynth.stages.sweep import arm_pipelines, find_trials, sweep, sweep_artifact
-from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare, train_classifier
+from raysynth.stages.train_classifier import Trial, classifier_artifact, needs_generator, prepare, train_classifier
 from raysynth.stages.train_generator import generator_artifact, train_generator
 from raysynth.synth.sets import SyntheticSet
 
@@ -34,6 +34,8 @@ ARTIFACTS = {
     "train-classifier": "classifier", "sweep": "swept", "evaluate": "evaluated",
 }  # fmt: skip
 """Stage -> the property of `Pipeline` that names its artifact."""
+NAMED = ("images", "generator", "plan", "generated", "synthetic_set", "arm_pipelines", "trials")
+"""Cached properties of `Pipeline`, each resting on those before it."""
 QUICK = ("ingest", "plan")
 """Stages that tell what they have even where they are complete."""
 
@@ -50,7 +52,9 @@ def stages_of(e: Experiment) -> list[str]:
         return ["ingest", *making]
     if is_sweep(e):
         return ["ingest", "sweep", "evaluate"]
-    return ["ingest", *(making if e.training_set.needs_synthetic else []), "train-classifier", "evaluate"]
+    if not e.training_set.needs_synthetic:
+        making = ["train-generator"] if needs_generator(e) else []
+    return ["ingest", *making, "train-classifier", "evaluate"]
 
 
 class Pipeline:
@@ -197,9 +201,19 @@ class Pipeline:
         if stage == "evaluate":
             self._ingest_test_sets()
         artifact = self._do(stage, retry_failed)
+        self._keep(ARTIFACTS[stage], artifact)
         if stage == "ingest":
             self._ingest_test_sets()
         return artifact
+
+    def _keep(self, name: str, artifact: Artifact) -> None:
+        """What a stage made is its artifact, whatever it was called before: another experiment may have made it under
+        its own name meanwhile. What rests on it is named anew."""
+        first = NAMED.index(name) if name in NAMED else NAMED.index("arm_pipelines")
+        for later in NAMED[first:]:
+            self.__dict__.pop(later, None)
+        if name in NAMED:
+            self.__dict__[name] = artifact
 
     def _ingest_test_sets(self) -> None:
         ingest_test_sets(self.experiment, self.storage, lambda: self.resources)

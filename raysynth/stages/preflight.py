@@ -16,6 +16,7 @@ from raysynth.core.presets import resolve_classifier, resolve_image
 from raysynth.core.storage import Storage
 from raysynth.stages.adoption import given_artifact
 from raysynth.stages.predictions import external_sets
+from raysynth.stages.train_classifier import needs_generator
 
 
 def check_setup(e: Experiment, storage: Storage, stages: Collection[str]) -> None:
@@ -28,8 +29,8 @@ def check_setup(e: Experiment, storage: Storage, stages: Collection[str]) -> Non
     trials = [arm.experiment for arm in arms(e)] if "sweep" in stages else [e]
     if {"sweep", "train-generator"} & set(stages):
         for trial in trials:
-            rendered_here = trial.generator.kind != "external"
-            if trial.generator.path and rendered_here and (e.classifier is None or trial.training_set.needs_synthetic):
+            given = trial.generator.path and trial.generator.kind != "external"
+            if given and (e.classifier is None or needs_generator(trial)):
                 given_artifact(trial, storage)
     if {"sweep", "train-classifier"} & set(stages):
         _check_classifiers(trials)

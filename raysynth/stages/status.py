@@ -21,7 +21,7 @@ from raysynth.core.progress import console, say
 from raysynth.stages.live import Picture, Rendering, gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep
 from raysynth.stages.plan import wanted_rows
-from raysynth.stages.sweep import find_trials, rendering
+from raysynth.stages.sweep import find_trials, is_planned, rendering
 from raysynth.synth.ledger import ABSENT, FAILED, REJECTED, Ledger
 from raysynth.synth.settle import read_settled
 from raysynth.synth.throughput import Throughput
@@ -99,7 +99,7 @@ class Status:
         """The sets that images are rendered into, as far as they have names."""
         pipelines = [self.pipeline]
         if is_sweep(self.pipeline.experiment):
-            pipelines = rendering(self.pipeline.arm_pipelines)
+            pipelines = rendering([(arm, p) for arm, p in self.pipeline.arm_pipelines if is_planned(p)])
         found: dict[tuple[str, str], SetStatus] = {}
         for p in pipelines:
             try:

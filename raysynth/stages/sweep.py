@@ -26,7 +26,7 @@ from raysynth.core.identity import canonical_json
 from raysynth.core.progress import say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.stages.plan import wanted_rows
-from raysynth.stages.train_classifier import Trial, classifier_artifact, prepare
+from raysynth.stages.train_classifier import Trial, classifier_artifact, needs_generator, prepare
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
@@ -73,7 +73,7 @@ def sweep(pipeline: Pipeline, experiment: Experiment, retry_failed: bool = False
     """
     own = pipeline.arm_pipelines
     make_images(own, retry_failed)
-    trials = [t for t in named_trials(own) if t is not None]
+    trials = find_trials(pipeline, experiment)
     artifact = sweep_artifact(pipeline, experiment, trials)
     if artifact.complete:
         say(f"{STAGE}: {artifact.path} is complete")
@@ -120,14 +120,18 @@ def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Planned]:
 
 def named_trials(own: Sequence[tuple[Arm, Pipeline]]) -> list[Planned | None]:
     """The arms' trials, in order; None for those whose images are not made yet, which have no name before."""
-    ready = {i for i, (_, p) in enumerate(own) if p.images.complete and (not _synthetic(p) or _planned(p))}
+    ready = {i for i, (_, p) in enumerate(own) if is_planned(p)}
     sources = _cover({i: own[i][1] for i in ready if _synthetic(own[i][1])})
     ready -= {i for i, artifact in sources.items() if not artifact.complete}
     return [_trial(arm, p, sources.get(i)) if i in ready else None for i, (arm, p) in enumerate(own)]
 
 
-def _planned(p: Pipeline) -> bool:
-    return p.generator.complete and p.plan.complete
+def is_planned(p: Pipeline) -> bool:
+    """Whether everything is there that an arm's images, or its real ones, are chosen from."""
+    return (
+        p.images.complete and (not needs_generator(p.experiment) or p.generator.complete)
+        and (not _synthetic(p) or p.plan.complete)
+    )  # fmt: skip
 
 
 def _synthetic(p: Pipeline) -> bool:
@@ -152,21 +156,27 @@ def sweep_artifact(pipeline: Pipeline, experiment: Experiment, trials: Sequence[
 
 def make_images(own: Sequence[tuple[Arm, Pipeline]], retry_failed: bool = False) -> None:
     """Runs every stage before the classifiers that some arm needs and that is missing, or may have failed rows."""
-    needing = {i: p for i, (_, p) in enumerate(own) if _synthetic(p)}
     for _, p in own:
         _ensure(p, "ingest")
-    for stage in ("train-generator", "plan"):
-        for p in needing.values():
-            _ensure(p, stage)
+    for _, p in own:
+        if needs_generator(p.experiment):
+            _ensure(p, "train-generator")
+    for _, p in own:
+        if _synthetic(p):
+            _ensure(p, "plan")
     for p in rendering(own):
         _ensure(p, "generate", retry_failed)
 
 
 def rendering(own: Sequence[tuple[Arm, Pipeline]]) -> list[Pipeline]:
     """The pipelines whose generate artifacts list all that the arms train on; of a set and plan, the largest first, so
-    that what follows finds its rows rendered. Arms whose generator or plan is not there yet are left out."""
-    ready = {i: p for i, (_, p) in enumerate(own) if _synthetic(p) and p.images.complete and _planned(p)}
-    return [ready[i] for i, artifact in _cover(ready).items() if ready[i].generated is artifact]
+    that what follows finds its rows rendered.
+
+    Raises:
+        NotReady: a generator or plan is not there yet.
+    """
+    needing = {i: p for i, (_, p) in enumerate(own) if _synthetic(p)}
+    return [needing[i] for i, artifact in _cover(needing).items() if needing[i].generated is artifact]
 
 
 def _ensure(p: Pipeline, stage: str, again: bool = False) -> None:

@@ -29,7 +29,7 @@ from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.labels import check_policy
 from raysynth.data.training_sets import Chosen, choose
-from raysynth.stages.adoption import Seen, seen_by_generator
+from raysynth.stages.adoption import Seen, given_artifact, seen_by_generator
 from raysynth.stages.classifier_task import ClassifierTask
 from raysynth.stages.generated import load_index
 from raysynth.stages.plan import load_plan, plan_artifact
@@ -69,6 +69,12 @@ def synthetic_rows(plan: pa.Table, generated: Artifact) -> pa.Table:
     return plan.filter(pc.is_in(plan["row_key"], value_set=ok))
 
 
+def needs_generator(e: Experiment) -> bool:
+    """Whether a classifier needs a generator: for its images or, where it was trained elsewhere, for what it saw."""
+    g, t = e.generator, e.training_set
+    return t.needs_synthetic or (t.strategy == "upper_bound" and bool(g.path) and g.kind != "external")
+
+
 def chosen(e: Experiment, storage: Storage, images: Artifact, generated: Artifact | None) -> Chosen:
     """The training set of this experiment.
 
@@ -85,6 +91,8 @@ def chosen(e: Experiment, storage: Storage, images: Artifact, generated: Artifac
         plan = load_plan(storage, plan_artifact(e, storage, images))
         rows, listed = synthetic_rows(plan, generated), plan if e.generator.kind == "external" else None
     if e.training_set.strategy == "upper_bound" and e.generator.path:
+        if needs_generator(e):
+            given_artifact(e, storage).digest()  # says that it is to be copied, where it is not
         seen = seen_by_generator(e, storage, table).ids
         if seen is None:
             raise DataError(
