@@ -25,6 +25,7 @@ from raysynth.metrics.comparisons import Scored, compare, holm
 from raysynth.metrics.metric_table import evaluate as judge
 from raysynth.metrics.samples import groups, read_sample
 from raysynth.metrics.underdiagnosis import underdiagnosis
+from raysynth.stages.ingest import ingest_artifact, load_table
 from raysynth.stages.predictions import (
     TestSet,
     load_predictions,
@@ -66,8 +67,12 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
     """Predicts what is not predicted yet, and writes the metric table and the paired comparisons.
 
     Ray must be connected.
+
+    Raises:
+        DataError: as `require_one_test_split`, or `evaluation.primary` names an arm that is not there.
     """
     sets = open_test_sets(e, storage, images)
+    require_one_test_split(e, storage, images, trials)
     artifact = evaluate_artifact(e, storage, trials, sets)
     if artifact.complete:
         say(f"{STAGE}: {artifact.path} is complete")
@@ -87,6 +92,33 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
     where = ", ".join(f"{t.name} ({len(t.ids):,})" for t in sets)
     say(f"{STAGE}: {len(trials)} classifiers on {where}; {artifact.path}")
     return artifact
+
+
+def require_one_test_split(e: Experiment, storage: Storage, images: Artifact, trials: Sequence[Trial]) -> None:
+    """Raises DataError where a trial with images of its own may have trained on what all trials are judged on: a test
+    image of `images`, or another image of such a patient, is not a test image among the trial's."""
+    tested = load_table(storage, images).to_pandas()
+    tested = tested[tested["split"] == "test"]
+    looked_at = [e.data]
+    for trial in trials:
+        if trial.experiment.data in looked_at:
+            continue
+        looked_at.append(trial.experiment.data)
+        own = ingest_artifact(trial.experiment, storage)[0]
+        if own.path == images.path:
+            continue
+        own.digest()
+        table = load_table(storage, own).to_pandas()
+        held_out = table["split"] == "test"
+        of_patients = table["patient_id"].isin(tested["patient_id"].dropna())
+        apart = [*tested.loc[~tested["image_id"].isin(table.loc[held_out, "image_id"]), "image_id"],
+                 *table.loc[of_patients & ~held_out, "image_id"]]  # fmt: skip
+        if apart:
+            raise DataError(
+                f"data of the arm {trial.arm}", f"{len(set(apart)):,} images of test patients, such as {apart[0]}, in "
+                "another split or in none", f"the test split of {images.path}, on which every arm is judged",
+                f"data.split.keep={storage.url(images.path)} keeps every arm to the splits of these images.",
+            )  # fmt: skip
 
 
 def _judged(

@@ -14,7 +14,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import build_experiment
+from raysynth.core.config import build_experiment, vary
 from raysynth.core.errors import DataError
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import from_parquet, to_parquet
@@ -28,8 +28,10 @@ from raysynth.stages.evaluate import (
     compare_pair,
     comparison_table,
     contrasts,
+    evaluate,
     evaluate_artifact,
     judge_trial,
+    require_one_test_split,
 )
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.predictions import open_test_sets, predictions_artifact, thresholds_of
@@ -184,6 +186,44 @@ def test_a_primary_arm_that_was_not_trained_is_named(
     e, trials, sets = judged
     with pytest.raises(DataError, match=r"evaluation.primary.against: got 'real', must be one of mix, twice"):
         contrasts(e, [t for t in trials if t.arm != "real"], sets)
+
+
+@pytest.mark.parametrize(("own", "apart"), [
+    ({}, None),
+    ({"i2": ("train", "p9")}, None),
+    ({"i1": ("train", "p1")}, "1 images of test patients, such as i1, in another split"),
+    ({"i1": ("val", "p7")}, "such as i1,"),
+    ({"i1": None}, "such as i1,"),
+    ({"i2": ("train", "p0")}, "1 images of test patients, such as i2,"),
+])  # fmt: skip
+def test_no_trial_may_hold_the_test_images_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, tuple[str, str] | None], apart: str | None
+) -> None:
+    """Two test images, and one to train on: `own` is where they are among the images of an arm that stores others."""
+    e = experiment(tmp_path)
+    storage = open_storage(e.root)
+    known: dict[str, tuple[str, str] | None] = {"i0": ("test", "p0"), "i1": ("test", "p1"), "i2": ("train", "p2")}
+
+    def images(name: str, rows: dict[str, tuple[str, str] | None]) -> Artifact:
+        there = [{"image_id": i, "split": row[0], "patient_id": row[1]} for i, row in rows.items() if row]
+        artifact = Artifact.at(storage, "ingest", name, 1, {"name": name}, {})
+        artifact.put("table.parquet", to_parquet(pa.Table.from_pylist(there)))
+        artifact.commit({})
+        return artifact
+
+    base, other = images("base", known), images("arm", known | own)
+    arm = vary(e, {"data.image.size": 16})
+    found = {e.data.image: base, arm.data.image: other}
+    monkeypatch.setattr("raysynth.stages.evaluate.ingest_artifact", lambda x, _: (found[x.data.image], None))
+    classifier = Artifact.at(storage, "train-classifier", "c", 1, {}, {})
+    policy = vary(e, {"data.labels.policy": {"1": "ones"}})
+    trials = [Trial(n, 0, x, classifier) for n, x in {"real": e, "ones": policy, "small": arm}.items()]
+    require_one_test_split(e, storage, base, trials[:2])
+    if apart is None:
+        require_one_test_split(e, storage, base, trials)
+        return
+    with pytest.raises(DataError, match=rf"data of the arm small: got .*{apart}.*data\.split\.keep=.*ingest/base-"):
+        evaluate(e, storage, base, trials)
 
 
 def raw(n: int = 100) -> pa.Table:
