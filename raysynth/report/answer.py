@@ -84,22 +84,35 @@ def answer(data: ReportData) -> Answer:
             not_shown=["Below the least number of positives (evaluation.min_positives) a value says more about which "
                        "patients happened to be tested than about the classifiers."],
         )  # fmt: skip
-    verdict = "open"
-    if is_shown(row, data.confidence):
-        verdict = "better" if (row["difference"] > 0) == higher_is_better(primary["metric"]) else "worse"
+    verdict = _verdict(row, data.confidence)
     return Answer(
-        question, _headline(row, metric, verdict), verdict, _facts(data, row), _shown(data, row, metric, verdict),
-        [*_not_shown(data, row, metric, verdict), *_limits(data, row)],
+        question, _headline(data, row, metric, verdict), verdict, _facts(data, row),
+        _shown(data, row, metric, verdict), [*_not_shown(data, row, metric, verdict), *_limits(data, row)],
     )  # fmt: skip
 
 
-def _headline(row: Any, metric: str, verdict: str) -> str:
+def _verdict(row: Any, confidence: float, p: str = "p") -> str:
+    """Whether a comparison shows its first arm better or worse; open where it shows neither."""
+    if not is_shown(row, confidence, p):
+        return "open"
+    return "better" if (row["difference"] > 0) == higher_is_better(row["metric"]) else "worse"
+
+
+def _headline(data: ReportData, row: Any, metric: str, verdict: str) -> str:
     size = f"{metric} {number(row['difference'], sign=True)}"
-    return {
-        "better": f"Yes, on this test set: “{row['arm']}” did better than “{row['against']}” ({size}).",
-        "worse": f"No: “{row['arm']}” did worse than “{row['against']}” ({size}).",
-        "open": f"Not shown: the difference between “{row['arm']}” and “{row['against']}” ({size}) could be chance.",
+    said = {
+        "better": f"Yes, on this test set: “{row['arm']}” did better than “{row['against']}” ({size})",
+        "worse": f"No: “{row['arm']}” did worse than “{row['against']}” ({size})",
+        "open": f"Not shown: the difference between “{row['arm']}” and “{row['against']}” ({size}) could be chance",
     }[verdict]
+    ahead = [f"the control “{control}” ({words}; {number(found['difference'], sign=True)})"
+             for control, words, found in _controls(data, row)
+             if found is not None and control != row["against"]
+             and _verdict(found, data.confidence, "p_holm") == "worse"]  # fmt: skip
+    if not ahead:
+        return f"{said}."
+    link = {"better": ", but worse than", "worse": ", and worse than", "open": f"; “{row['arm']}” did worse than"}
+    return f"{said}{link[verdict]} {listed(ahead)}."
 
 
 def _facts(data: ReportData, row: Any) -> list[tuple[str, str]]:
@@ -187,27 +200,42 @@ def _unseen_words(data: ReportData, arm: str) -> list[str]:
     return [f"{said} No arm was trained on those real images themselves, so what they alone are worth is not known."]
 
 
+def _controls(data: ReportData, row: Any) -> list[tuple[str, str, Any]]:
+    """The controls that would explain a gain otherwise: name, words, and the row that compares the arm with it, None
+    where there is none."""
+    found = []
+    for strategy in CONTROLS_OF.get(data.arm(row["arm"]).get("strategy", ""), ()):
+        for control in data.with_strategy(strategy):
+            rows = data.contrasts(
+                arm=row["arm"], against=control, metric=row["metric"], test_set=row["test_set"], subgroup=""
+            )
+            found.append((control, CONTROLS[strategy], rows.iloc[0] if len(rows) else None))
+    return found
+
+
 def _control_words(data: ReportData, row: Any) -> list[str]:
-    """How the arm stands against the controls that would explain a gain otherwise."""
-    relevant = CONTROLS_OF.get(data.arm(row["arm"]).get("strategy", ""), ())
-    controls = [(c, CONTROLS[s]) for s in relevant for c in data.with_strategy(s)]
+    """How the arm stands against the controls, unless it is shown to do better."""
+    relevant, controls = CONTROLS_OF.get(data.arm(row["arm"]).get("strategy", ""), ()), _controls(data, row)
     if relevant and not controls:
         words = " nor ".join(CONTROLS[s] for s in relevant)
         return [f"That it takes synthetic images: no control ({words}) was trained."]
     values = data.averages(metric=row["metric"], test_set=row["test_set"], subgroup="").set_index("arm")["value"]
     said = []
-    for control, words in controls:
-        found = data.contrasts(
-            arm=row["arm"], against=control, metric=row["metric"], test_set=row["test_set"], subgroup=""
-        )
+    for control, words, found in controls:
         claim = f"That it does better than the control “{control}” ({words})"
-        if len(found) and not is_shown(found.iloc[0], data.confidence, "p_holm"):
-            size, spread = found.iloc[0]["difference"], (found.iloc[0]["ci_low"], found.iloc[0]["ci_high"])
-            said.append(f"{claim}: the difference is {number(size, sign=True)} ({interval(*spread, sign=True)}), "
-                        f"{p_words(found.iloc[0]['p_holm'])} after Holm’s correction.")  # fmt: skip
-        elif not len(found) and control in values and row["arm"] in values:
-            said.append(f"{claim}: the two were not tested as a pair; they reached {number(values[row['arm']])} and "
-                        f"{number(values[control])}.")  # fmt: skip
+        if found is None:
+            if control in values and row["arm"] in values:
+                reached = listed([number(values[a]) for a in (row["arm"], control)])
+                said.append(f"{claim}: the two were not tested as a pair; they reached {reached}.")
+            continue
+        size, spread = number(found["difference"], sign=True), interval(found["ci_low"], found["ci_high"], sign=True)
+        measured = f"the difference is {size} ({spread}), {p_words(found['p_holm'])} after Holm’s correction."
+        verdict = _verdict(found, data.confidence, "p_holm")
+        if verdict == "open":
+            said.append(f"{claim}: {measured}")
+        elif verdict == "worse":
+            said.append(f"That it takes synthetic images: the control “{control}” ({words}) was shown to do better "
+                        f"than “{row['arm']}”; {measured}")  # fmt: skip
     return said
 
 
@@ -215,17 +243,16 @@ def _limits(data: ReportData, row: Any = None) -> list[str]:
     """What no interval here covers."""
     arms = data.arm_names if row is None else [row["arm"], row["against"]]
     repeated = data.repeated_by(arms)
-    fixed = [w for w in ("real subsets", "generator seeds", "splits") if w not in repeated]
-    words = {"real subsets": "another choice of real training images", "generator seeds": "another generator",
-             "splits": "another split"}  # fmt: skip
+    words = {"real subsets": "another choice of real training images", "generator seeds": "another generator"}
+    fixed = [*(words[w] for w in words if w not in repeated), "another split"]
     said = []
     once = [a for a in arms if "training seeds" not in data.repeated_by([a])]
     if once and len(data.metrics):
         where = "an arm" if len(once) == len(arms) else f"of {quoted(once)}"
         said.append(f"What training again would give: there is one training seed {where}, and part of a difference "
                     "between single trainings is the luck of their initial weights and order.")  # fmt: skip
-    if fixed and len(data.metrics):
-        said.append(f"What {listed([words[w] for w in fixed])} would give: "
+    if len(data.metrics):
+        said.append(f"What {listed(fixed)} would give: "
                     + (f"only {listed([f'{n} {w}' for w, n in repeated.items()])} were tried, and " if repeated else "")
                     + "the intervals do not cover it.")  # fmt: skip
     said += _compute_words(data.arms)

@@ -42,9 +42,8 @@ MACRO = "macro"
 
 SEEDS = {
     "seed_classifier": "training seeds", "seed_subset": "real subsets", "seed_generator": "generator seeds",
-    "seed_split": "splits", "fold": "folds",
 }  # fmt: skip
-"""What a run may repeat, and the word for it."""
+"""What a run may repeat, and the word for it; all trials share one split."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,14 @@ def test_what_only_training_seeds_leave_out(whole: ReportData) -> None:
     (sentence,) = [s for s in a.not_shown if "another choice of real training images" in s]
     assert "only 3 training seeds were tried" in sentence
     metrics = whole.metrics.assign(seed_subset=whole.metrics["seed_classifier"])
-    assert "another choice of real training images" not in text(said(whole, SHOWN, metrics=metrics))
+    a = said(whole, SHOWN, metrics=metrics)
+    assert "another choice of real training images" not in text(a)
+    # Arms share their split, whatever they repeat.
+    metrics = metrics.assign(seed_generator=metrics["seed_classifier"], seed_split=metrics["seed_classifier"])
+    a = said(whole, SHOWN, metrics=metrics)
+    (sentence,) = [s for s in a.not_shown if "the intervals do not cover it" in s]
+    assert sentence.startswith("What another split would give: only 3 training seeds, ")
+    assert "3 splits" not in text(a)
 
 
 def test_a_donor_generator_is_told_beside_the_upper_bound(whole: ReportData) -> None:
@@ -179,6 +186,68 @@ def test_controls(whole: ReportData) -> None:
     assert "the difference is +0.024 (−0.010 to +0.040)" in sentence
     found = pd.concat([rows, pair.assign(p_holm=0.01, ci_low=0.01)])
     assert not any("duplicate x3" in s for s in said(whole, comparisons=found).not_shown)
+
+
+WORSE = {"difference": -0.1, "ci_low": -0.15, "ci_high": -0.05, "p": 0.001, "p_holm": 0.002}
+"""Of the primary arm and a control."""
+
+
+def beside(control: str, row: dict[str, Any], **numbers: Any) -> pd.DataFrame:
+    """The comparisons with `row` as the primary one, and that of its arm with a control."""
+    rows = comparisons(np.random.default_rng(0), **row)
+    return pd.concat([rows, rows[rows["primary"]].assign(against=control, primary=False, **numbers)])
+
+
+@pytest.mark.parametrize(("row", "begins", "link"), [
+    (SHOWN, "Yes, on this test set: “mix x3” did better than “real” (AUROC +0.024)", ", but worse than"),
+    (OPEN, "Not shown: the difference between “mix x3” and “real” (AUROC +0.009) could be chance",
+     "; “mix x3” did worse than"),
+    ({**SHOWN, "difference": -0.024, "ci_low": -0.040, "ci_high": -0.008},
+     "No: “mix x3” did worse than “real” (AUROC −0.024)", ", and worse than"),
+])  # fmt: skip
+def test_a_control_that_did_better_is_in_the_headline(
+    whole: ReportData, row: dict[str, Any], begins: str, link: str
+) -> None:
+    a = said(whole, comparisons=beside("duplicate x3", row, **WORSE))
+    assert a.headline == (
+        f"{begins}{link} the control “duplicate x3” (real images repeated instead of synthetic ones; −0.100)."
+    )
+    (sentence,) = [s for s in a.not_shown if "duplicate x3" in s]
+    assert sentence == (
+        "That it takes synthetic images: the control “duplicate x3” (real images repeated instead of synthetic ones) "
+        "was shown to do better than “mix x3”; the difference is −0.100 (−0.150 to −0.050), p = 0.002 after Holm’s "
+        "correction."
+    )
+    # Worse in these data alone: not in the headline, yet told.
+    a = said(whole, comparisons=beside("duplicate x3", row, **{**WORSE, "p_holm": 0.4}))
+    assert a.headline == f"{begins}."
+    assert any("That it does better than the control “duplicate x3”" in s for s in a.not_shown)
+
+
+def test_every_control_that_did_better_is_named(whole: ReportData) -> None:
+    rows = beside("duplicate x3", SHOWN, **WORSE)
+    permuted = rows[rows["against"] == "duplicate x3"].assign(against="shuffled")
+    more = pd.concat([arms(), arms().iloc[[0]].assign(arm="shuffled", strategy="permuted")])
+    a = said(whole, comparisons=pd.concat([rows, permuted]), arms=more)
+    assert "the control “duplicate x3” (real images repeated instead of synthetic ones; −0.100) and the control " in (
+        a.headline
+    )
+    assert a.headline.endswith("“shuffled” (synthetic images with shuffled labels; −0.100).")
+
+
+def test_a_control_with_less_error_did_better(whole: ReportData) -> None:
+    row = {**SHOWN, "metric": "ece", "difference": -0.02, "ci_low": -0.03, "ci_high": -0.01}
+    primary = {**PRIMARY, "metric": "ece"}
+    less = {"difference": 0.1, "ci_low": 0.05, "ci_high": 0.15, "p_holm": 0.002}
+    assert "but worse than" in said(whole, comparisons=beside("duplicate x3", row, **less), primary=primary).headline
+    more = {"difference": -0.1, "ci_low": -0.15, "ci_high": -0.05, "p_holm": 0.002}
+    assert "duplicate x3" not in text(said(whole, comparisons=beside("duplicate x3", row, **more), primary=primary))
+
+
+def test_a_control_that_is_the_contrast_is_told_once(whole: ReportData) -> None:
+    lost = {**WORSE, "against": "duplicate x3"}
+    a = said(whole, {**SHOWN, **lost}, primary={**PRIMARY, "against": "duplicate x3"})
+    assert a.headline == "No: “mix x3” did worse than “duplicate x3” (AUROC −0.100)."
 
 
 def test_unequal_compute(whole: ReportData) -> None:
