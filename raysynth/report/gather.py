@@ -6,7 +6,6 @@ artifacts only: no number is computed here that a table does not hold.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,13 +28,14 @@ from raysynth.report.data import ReportData
 from raysynth.report.downloads import write_tables
 from raysynth.report.page import render_page
 from raysynth.report.sheet import write_contact_sheet
+from raysynth.report.words import count, number
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
     from raysynth.stages.train_classifier import Trial
 
 STAGE = "report"
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 
 
 def write_report(pipeline: Pipeline) -> Artifact:
@@ -63,8 +63,7 @@ def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifac
     """Everything the page shows."""
     e, trials = pipeline.experiment, pipeline.trials
     facts = [t.facts for t in trials]
-    metrics = _table(evaluated, "metrics.parquet")
-    p = e.evaluation.primary
+    metrics, p = _table(evaluated, "metrics.parquet"), e.evaluation.primary
     rendered = pipeline.rendered
     made = [(words, a) for words, a in _made(pipeline, trials)]
     return ReportData(
@@ -267,27 +266,22 @@ def _notes(pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, 
 
 def show_answer(pipeline: Pipeline, report: Artifact) -> None:
     """A small table of the arms, the answer in words, and where page and sheets are."""
-    csv = pd.read_csv(io.BytesIO(report.storage.get(report.file("metrics.csv"))))
-    p = pipeline.experiment.evaluation.primary
-    there = list(dict.fromkeys(csv["metric"]))
+    from raysynth.report.answer import answer
+
+    data, p = gather_answer(pipeline, pipeline.evaluated), pipeline.experiment.evaluation.primary
+    there = list(dict.fromkeys(data.metrics["metric"]))
     shown = list(dict.fromkeys(m for m in (p.metric, "auroc", "balanced_accuracy", "accuracy") if m in there))[:3]
-    whole = csv[(csv["test_set"] == p.test_set) & csv["subgroup"].isna() & csv["finding"].str.startswith("macro")]
     table = Table(box=None, pad_edge=False, header_style="bold", title=f"{p.test_set}: mean (sd over seeds)")
     for column in ("arm", "real", "synthetic", *shown, "seeds"):
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for arm, rows in whole.groupby("arm", sort=False):
-        cells = []
-        for metric in shown:
-            values = rows.loc[rows["metric"] == metric, "value"]
-            spread = f" ({values.std(ddof=1):.3f})" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.3f}{spread}")
-        first, seeds = rows.iloc[0], str(rows["run"].nunique())
-        table.add_row(str(arm), f"{first['n_real']:.0f}", f"{first['n_synth']:.0f}", *cells, seeds)
+    whole = data.averages(test_set=p.test_set, subgroup="").set_index(["arm", "metric"])
+    for arm, rows in data.metrics.groupby("arm", sort=False):
+        found = whole.reindex([(arm, m) for m in shown]).itertuples()
+        cells = [number(v.value) + ("" if pd.isna(v.sd) else f" ({number(v.sd)})") for v in found]
+        first = rows.iloc[0]
+        table.add_row(str(arm), count(first["n_real"]), count(first["n_synth"]), *cells, str(rows["run"].nunique()))
     console.print(table)
-    from raysynth.report.answer import answer
-
-    evaluated = pipeline.evaluated
-    say(answer(gather_answer(pipeline, evaluated)).headline)
+    say(answer(data).headline)
     for q in pipeline.rendered.values():
         say(f"contact sheet: {q.storage.url(write_contact_sheet(q))}")
     say(f"report: {report.storage.url(report.file('index.html'))}")

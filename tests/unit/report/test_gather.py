@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import Arm, build_experiment, vary
 from raysynth.core.experiment import Experiment
-from raysynth.core.schemas import to_parquet
+from raysynth.core.schemas import metric_schema, to_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.metrics.calibration import reliability
-from raysynth.report import write_report
+from raysynth.report import show_answer, write_report
 from raysynth.report.answer import answer
 from raysynth.report.data import ReportData
 from raysynth.report.gather import _arms, gather
@@ -167,3 +168,34 @@ def test_the_page_follows_what_it_shows(pipeline: Callable[[Experiment], Any], t
     assert "Licence: CC0" in licensed.storage.get(licensed.file("index.html")).decode()
     elsewhere = replace(WHOLE, root=str(tmp_path), compute=replace(WHOLE.compute, trial_cpus=2))
     assert page(elsewhere).path == first.path
+
+
+@pytest.mark.parametrize(("seeds", "values", "auroc"), [
+    ((0, 1), {"macro": 0.9}, "0.900 (0.014)"),
+    ((0,), {"macro": 0.9}, "0.890"),
+    ((0,), {"macro": np.nan, "macro without 0": 0.9}, "0.890"),
+    ((0, 1), {"macro": np.nan, "macro without 0": 0.9}, "0.900 (0.014)"),
+    ((0, 1), {"macro": np.nan, "macro without 0, 1": np.nan}, "-"),
+])  # fmt: skip
+def test_the_table_at_the_end_of_a_run(
+    pipeline: Callable[[Experiment], Any], monkeypatch: pytest.MonkeyPatch, seeds: tuple[int, ...],
+    values: dict[str, float], auroc: str,
+) -> None:  # fmt: skip
+    """Where a finding is withheld, the average of the others stands in its place, as on the page."""
+    shared = {"arm": "real", "subgroup": "", "test_set": "test", "metric": "auroc", "n_real": 1200, "n_synth": 0}
+    metrics = pd.DataFrame([
+        {**shared, "run": f"r{seed}", "finding": name, "value": value + 0.02 * seed - 0.01}
+        for seed in seeds for name, value in values.items()
+    ]).reindex(columns=metric_schema().names)  # fmt: skip
+    there = pipeline(WHOLE)
+    evaluated = Artifact.at(there.storage, "evaluate", "small", 1, {"seeds": list(seeds), "values": str(values)}, {})
+    evaluated.put("metrics.parquet", to_parquet(pa.Table.from_pandas(metrics, metric_schema(), preserve_index=False)))
+    evaluated.put("comparisons.parquet", to_parquet(pa.table({})))
+    evaluated.commit({})
+    there.evaluated = evaluated
+    screen = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr("raysynth.report.gather.console", screen)
+    show_answer(there, evaluated)
+    lines = [" ".join(line.split()) for line in screen.file.getvalue().splitlines()]
+    assert "arm real synthetic auroc seeds" in lines
+    assert f"real 1,200 0 {auroc} {len(seeds)}" in lines
