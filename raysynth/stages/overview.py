@@ -16,7 +16,7 @@ from raysynth.stages.live import gpus_of_worker
 from raysynth.stages.pipeline import Pipeline, is_sweep, stages_of
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.status import artifacts_table
-from raysynth.stages.sweep import rendering
+from raysynth.stages.sweep import is_planned, rendering
 from raysynth.stages.sweep_plan import plan_of_sweep
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.sets import SyntheticSet
@@ -113,11 +113,10 @@ def _rendering(pipeline: Pipeline) -> tuple[list[Pipeline], list[str]]:
     """The pipelines that together want all of the experiment's images; the arms whose images have no name yet."""
     if not is_sweep(pipeline.experiment):
         return [pipeline], []
-    before = ("ingest", "train-generator", "plan")
     ready, waiting = [], []
     for arm, p in pipeline.arm_pipelines:
         if p.experiment.training_set.needs_synthetic:
-            (ready if all(map(p.is_complete, before)) else waiting).append((arm, p))
+            (ready if is_planned(p) else waiting).append((arm, p))
     # The experiment's own selection is made by `raysynth generate` only, and need not be any arm's.
     own = [pipeline] if pipeline.is_complete("generate") else []
     return [*rendering(ready), *own], list(dict.fromkeys(arm.name for arm, _ in waiting))
