@@ -6,8 +6,13 @@ A field whose default is `null` takes its value from the images (see `core.prese
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from raysynth.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,20 @@ class Classifier:
     """On a GPU; a CPU trains in float32."""
     seed: int = 0
     """Initial weights, order, augmentation."""
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The local file of `init`, absolute; null where `init` is a name. Raises ConfigError if it is not there."""
+        if self.init in ("scratch", "pretrained") or self.init.startswith("hf-hub:"):
+            return None
+        file = Path(os.path.abspath(os.path.expanduser(self.init)))
+        if not file.is_file():
+            near = difflib.get_close_matches(self.init, ["scratch", "pretrained"], n=1)
+            raise ConfigError(
+                "classifier.init", self.init, "scratch, pretrained, hf-hub:ID, or a weights file that exists",
+                f"Did you mean {near[0]}?" if near else "It must be at this path on every node.",
+            )  # fmt: skip
+        return file
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 
@@ -47,6 +50,18 @@ def fp12(value: Any) -> str:
 def sha256_bytes(data: bytes) -> str:
     """Hex sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """Hex sha256 of a local file; read once a process while it does not change. Raises FileNotFoundError."""
+    found = os.stat(path)
+    return _file_digest(os.path.abspath(path), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: str, size: int, modified: int) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def content_digest(files: Iterable[tuple[str, str]]) -> str:

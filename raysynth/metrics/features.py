@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.identity import file_digest
 
 if TYPE_CHECKING:
     import torch
@@ -245,8 +246,7 @@ def _rgb(images: np.ndarray) -> np.ndarray:
 
 def _file_digest(file: str) -> str:
     try:
-        with open(file, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return file_digest(file)
     except FileNotFoundError:
         raise ConfigError(KEY, file, "a weights file", "It must be at this path on every node.") from None
 

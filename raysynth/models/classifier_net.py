@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import difflib
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import load_state_dict
 
-from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.errors import ConfigError, EnvironmentFault, require
 from raysynth.core.evidence import Classifier
 
 BACKBONE = "backbone."
@@ -112,12 +111,8 @@ def check_classifier(classifier: Classifier, channels: int) -> None:
     a hub can be reached and whether a file's weights fit is known when they are loaded.
     """
     _check_name(classifier.architecture)
-    if classifier.init == "pretrained":
-        _check_has_weights(classifier.architecture)
-    elif classifier.init.startswith("hf-hub:"):
-        _check_hub_id(classifier.init)
-    elif classifier.init != "scratch":
-        _check_file(classifier.init)
+    if classifier.weights_file is None and classifier.init != "scratch":  # a file is there
+        _check_hub(classifier)
     with torch.device("meta"):
         build_classifier(classifier, 2, channels, weights=False)
 
@@ -137,26 +132,16 @@ def _check_name(name: str) -> None:
         )  # fmt: skip
 
 
-def _check_has_weights(name: str) -> None:
+def _check_hub(classifier: Classifier) -> None:
+    name = classifier.architecture
+    if classifier.init != "pretrained":
+        require("/" in classifier.init, "classifier.init", classifier.init, "hf-hub:OWNER/NAME")
+        return
     config = timm.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise ConfigError(
             "classifier.init", "pretrained", f"scratch, hf-hub:ID or a weights file for {name}",
             "timm has no weights for it.",
-        )  # fmt: skip
-
-
-def _check_hub_id(init: str) -> None:
-    if "/" not in init:
-        raise ConfigError("classifier.init", init, "hf-hub:OWNER/NAME")
-
-
-def _check_file(init: str) -> None:
-    if not Path(init).is_file():
-        near = difflib.get_close_matches(init, ["scratch", "pretrained"], n=1)
-        raise ConfigError(
-            "classifier.init", init, "scratch, pretrained, hf-hub:ID, or a weights file that exists",
-            f"Did you mean {near[0]}?" if near else "",
         )  # fmt: skip
 
 
@@ -173,10 +158,7 @@ def _arguments(classifier: Classifier, channels: int) -> dict[str, Any]:
 
 def _from_hub(classifier: Classifier, arguments: dict[str, Any]) -> torch.nn.Module:
     name = classifier.architecture
-    if classifier.init == "pretrained":
-        _check_has_weights(name)
-    else:
-        _check_hub_id(classifier.init)
+    _check_hub(classifier)
     source = name if classifier.init == "pretrained" else classifier.init
     try:
         backbone = timm.create_model(source, pretrained=True, num_classes=0, **arguments)
@@ -199,8 +181,7 @@ def _from_file(
     classifier: Classifier, channels: int, arguments: dict[str, Any]
 ) -> tuple[torch.nn.Module, tuple[Any, Any] | None]:
     """The backbone with the weights of a local file, and the normalisation where the file has it (our own export)."""
-    name, file = classifier.architecture, Path(classifier.init)
-    _check_file(classifier.init)
+    name, file = classifier.architecture, classifier.weights_file
     try:
         state = load_state_dict(str(file), weights_only=True)
     except Exception as e:  # every format's reader has errors of its own for a file that is not one

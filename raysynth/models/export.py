@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from raysynth.core.experiment import Generator
+from raysynth.core.identity import file_digest
 from raysynth.data.conditions import ConditionSpec
 from raysynth.models.schedule import make_scheduler
 from raysynth.models.unet import build_unet
@@ -45,7 +45,7 @@ def export_generator(
     plain.save_pretrained(place / "unet", safe_serialization=True)
     make_scheduler(generator).save_pretrained(place / "scheduler")
     (place / "condition.json").write_text(spec.to_json(), encoding="utf-8")
-    weights = sha256_file(place / WEIGHTS)
+    weights = file_digest(place / WEIGHTS)
     content = {
         **facts, "size": generator.size, "prediction": generator.prediction, "schedule": generator.schedule,
         "timesteps": generator.timesteps, "zero_terminal_snr": generator.zero_terminal_snr, "steps": generator.steps,
@@ -54,13 +54,7 @@ def export_generator(
     (place / "generator.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (place / "README.md").write_text(model_card(content, spec), encoding="utf-8")
     files = sorted(p for p in place.rglob("*") if p.is_file())
-    return {p.relative_to(place).as_posix(): sha256_file(p) for p in files}
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return {p.relative_to(place).as_posix(): file_digest(p) for p in files}
 
 
 LOOP = """\

@@ -11,6 +11,7 @@ asked for it: a sweep's trial is this same artifact.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 from raysynth.core.artifacts import Artifact, git_state
 from raysynth.core.errors import ConfigError, DataError, EnvironmentFault
 from raysynth.core.experiment import Experiment
-from raysynth.core.identity import canonical_json, content_digest
+from raysynth.core.identity import canonical_json, content_digest, file_digest
 from raysynth.core.presets import resolve_classifier, resolve_image
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import from_parquet, to_parquet
@@ -109,15 +110,19 @@ def classifier_artifact(
     if e.classifier is None:
         raise ConfigError("classifier", None, "a section", "Add `classifier: {}` for the defaults.")
     members = members or chosen(e, storage, images, generated)
-    t = e.training_set
+    t, classifier = e.training_set, resolve_classifier(e.classifier, e.data.image)
+    file = classifier.weights_file
     config: dict[str, Any] = {
-        "classifier": resolve_classifier(e.classifier, e.data.image), "phase_steps": members.phase_steps,
-        "real_fraction": t.real_fraction, "modality": e.data.image.preset, "labels": e.data.labels.kind,
+        "classifier": dataclasses.replace(classifier, init="file") if file else classifier,
+        "phase_steps": members.phase_steps, "real_fraction": t.real_fraction, "modality": e.data.image.preset,
+        "labels": e.data.labels.kind,
         "policy": {k: v for k, v in e.data.labels.policy.items() if v != "ignore"},
     }  # fmt: skip
     if t.stages == 2:
         config["pretrain"] = t.pretrain
     inputs = {"images": images.digest(), "members": members.ids_digest}
+    if file:
+        inputs["init"] = file_digest(file)
     if t.needs_synthetic and generated is not None:
         # Not the artifact's own digest: a larger ratio rendered later leaves the images of this one as they are.
         run = generated.run_info()
@@ -137,6 +142,8 @@ def prepare(
     artifact = classifier_artifact(e, storage, images, generated, members)
     assert e.classifier is not None
     classifier = resolve_classifier(e.classifier, e.data.image)
+    if classifier.weights_file:  # a worker may have another working folder
+        classifier = dataclasses.replace(classifier, init=str(classifier.weights_file))
     table = from_parquet(storage.get(images.file("table.parquet")))
     classes = list(json.loads(storage.get(images.file("vocabulary.json")))["classes"])
     check_policy(e.data.labels, classes)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.errors import EnvironmentFault
+from raysynth.core.errors import ConfigError, EnvironmentFault
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.storage import open_storage
 from raysynth.stages.pipeline import Pipeline
@@ -70,6 +70,25 @@ def test_the_largest_selection_is_made_for_all(tmp_path: Path) -> None:
     assert set(found) == {f"{a}, {s}" for a in ("x1", "x3", "first 5") for s in (0, 1)}
     assert len({a.path for a in found.values()}) == 1
     assert next(iter(found.values())).identity["config"]["ratio"] == 3
+
+
+def test_a_weights_file_counts_by_its_content_wherever_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(init: str) -> str:
+        classifier = {"steps": 100, "batch_size": 8, "init": init}
+        e = experiment(tmp_path / "runs", {"real": ARMS["real"]}, classifier=classifier)
+        return find_trials(ingested(e), e)[0].classifier.path
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("a.pth").write_bytes(b"weights")
+    first = named(str(tmp_path / "a.pth"))
+    Path("moved").mkdir()
+    Path("a.pth").rename("moved/b.pth")
+    assert named("moved/b.pth") == named("~/moved/b.pth") == first
+    Path("moved/b.pth").write_bytes(b"others!")
+    assert named("moved/b.pth") != first
+    with pytest.raises(ConfigError, match=r"classifier\.init: got 'a\.pth', .*a weights file that exists"):
+        named("a.pth")
 
 
 def test_status_shows_what_is_rendered_and_no_selection_of_it(tmp_path: Path) -> None:
