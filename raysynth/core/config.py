@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from raysynth.core.checks import check
 from raysynth.core.errors import ConfigError
 from raysynth.core.evidence import Evaluation, Primary, Sweep
-from raysynth.core.experiment import Experiment
+from raysynth.core.experiment import Experiment, Split
 from raysynth.core.keys import check_keys, explain_value
 from raysynth.core.presets import resolve_classifier, resolve_generator, resolve_image
 
@@ -138,8 +138,8 @@ def arms(e: Experiment) -> list[Arm]:
 def external_data(e: Experiment, name: str) -> Experiment:
     """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
     section = e.evaluation.test_sets[name]
-    # Its images were in no earlier table of this experiment's.
-    data = dataclasses.replace(e.data, split=dataclasses.replace(e.data.split, keep=None))
+    # Every image of it is tested: however this experiment's own are split, it is the same set.
+    data = dataclasses.replace(e.data, split=Split())
     alone = dataclasses.replace(e, data=data, sweep=Sweep(), evaluation=Evaluation())
     with keys_of_test_set(name):
         return vary(alone, {"data": section, "name": f"{e.name}-{name}"})

@@ -140,6 +140,8 @@ def test_an_external_test_set_is_laid_over_the_data() -> None:
     mars = external_data(e, "mars")
     assert (mars.name, mars.data.kind, mars.data.path) == ("lungs-mars", "class_folders", "/mars")
     assert mars.data.image == e.data.image
+    # However the experiment's own images are split, it is the same set.
+    assert external_data(vary(e, {"data.split": {"seed": 7, "test": 0.3}}), "mars") == mars
 
 
 def test_vary_changes_only_what_is_said() -> None:
