@@ -15,8 +15,8 @@ from raysynth.core.experiment import Experiment
 
 JUDGING = ("sweep", "evaluation", "compute", "root", "name")
 """What every arm shares whole."""
-ARM_DATA = ("data.image", "data.labels.policy", "data.age_bins")
-"""Keys of `data` that an arm may change: how images and annotations are read, not which there are and whose."""
+ARM_DATA = ("data.labels.policy", "data.age_bins")
+"""Keys of `data` that an arm may change: how annotations are read, not which images there are, whose, how stored."""
 
 
 def check_evidence(e: Experiment) -> None:
@@ -179,8 +179,9 @@ def _check_changes(s: Sweep) -> None:
         require(
             section != "data" or any(key == k or key.startswith(f"{k}.") for k in ARM_DATA), where, got,
             f"of `data` one of {', '.join(ARM_DATA)}",
-            "Arms share images, patients and splits, so that none trains on what the others are tested on. Write one "
-            "experiment a split; images from elsewhere go under evaluation.test_sets.",
+            "Arms share images, patients and splits: none trains on what the others are tested on, all are tested on "
+            "images read as theirs were. Write one experiment a split; images from elsewhere go under "
+            "evaluation.test_sets, other sizes into classifier.size and generator.size.",
         )  # fmt: skip
 
 
