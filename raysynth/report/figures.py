@@ -45,7 +45,9 @@ def ratio_curve(data: ReportData) -> Drawing | None:
     drawn = arms[(arms["ratio"] > 0) & ~arms["strategy"].isin(REFERENCES)]
     if not len(drawn):
         return None
-    lines = {name: g.sort_values("ratio") for name, g in drawn.groupby(_lines(data, drawn), sort=False)}
+    groups = drawn.groupby(_lines(data, drawn), sort=False)
+    asked = (data.primary or {}).get("arm")  # its line comes first
+    lines = {n: g.sort_values("ratio") for n, g in sorted(groups, key=lambda group: asked not in list(group[1]["arm"]))}
     metric, ratios = metric_words(data.metric), sorted(drawn["ratio"].unique())
     references = [(w, r) for s, w in REFERENCES.items() if len(r := _reference(data, arms[arms["strategy"] == s])) == 1]
     with canvas(300 + 14 * (len(lines) + 2)) as figure:
