@@ -131,7 +131,8 @@ class Classifier:
     early_stopping: int | None = None
     """Validations without improvement that end training; null: the whole budget is spent."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """On a GPU; a CPU trains in float32."""
+    """Of training on a GPU, where fp32 lets convolutions round their factors to TF32; a CPU trains in float32.
+    Validation and test predictions are in full float32, whatever this says."""
     seed: int = 0
     """Initial weights, order, augmentation."""
 

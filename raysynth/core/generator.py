@@ -90,6 +90,7 @@ class Generator:
     ema_decay: float = 0.999
     """Exponential moving average of the weights, warmed up as min(decay, (1 + step) / (10 + step))."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of training on a GPU, where fp32 lets convolutions round their factors to TF32; a CPU trains in float32."""
     class_balanced: bool = True
     """Draw classes (or findings) equally often; false: as frequent as in the data."""
     flip: bool = False

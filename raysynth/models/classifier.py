@@ -25,9 +25,8 @@ from raysynth.models.augment import HEAD, NETWORK, augment, dropout_mask, mix, s
 from raysynth.models.batchnorm import synchronise
 from raysynth.models.classifier_loss import Kind, loss_sums, soft_labels
 from raysynth.models.classifier_net import ClassifierNet, build_classifier
+from raysynth.models.device import PRECISIONS, deterministic, full_precision
 from raysynth.models.optim import learning_rate, make_ema, make_optimizer
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ClassifierTraining:
@@ -52,6 +51,7 @@ class ClassifierTraining:
         self.classifier, self.n_classes, self.channels = classifier, n_classes, channels
         self.kind: Kind = kind
         self.modality, self.device = modality, torch.device(device)
+        deterministic(self.device)
         self.class_weights = None if class_weights is None else torch.as_tensor(class_weights, device=self.device)
         network = build_classifier(classifier, n_classes, channels).to(self.device)
         self.network: Any = network.to(memory_format=torch.channels_last)
@@ -181,7 +181,8 @@ class ClassifierTraining:
         positive, known = soft_labels(told, self.kind, self.classifier.label_smoothing, kept)
         mask = dropout_mask(self.classifier, self.network.head[-1].in_features, self.step, positions)
         keep = None if mask is None else torch.from_numpy(mask).to(self.device, kind)
-        with self._network_seed(positions), autocast(self.device, self.half):
+        half = torch.autocast(self.device.type, self.half, enabled=self.half is not None)
+        with self._network_seed(positions), half:
             logits = self.net(pixels.contiguous(memory_format=torch.channels_last), keep)
         weights = None if self.class_weights is None else self.class_weights.to(kind)
         total, count = loss_sums(logits.to(kind), positive, known, self.kind, weights)
@@ -216,7 +217,7 @@ class ClassifierTraining:
         Returns:
             (N, L) float32: of each class, adding up to 1 (single), or of each finding (multi).
         """
-        return predict(self.best, images, self.kind, batch_size, self.half)
+        return predict(self.best, images, self.kind, batch_size)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs: tensors and plain values only."""
@@ -248,20 +249,16 @@ def to_pixels(images: np.ndarray, device: torch.device, kind: torch.dtype = torc
     return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2).to(kind) / 255
 
 
-def autocast(device: torch.device, half: torch.dtype | None) -> Any:
-    """Mixed precision where there is a half precision."""
-    return torch.autocast(device.type, half, enabled=half is not None)
+def predict(network: ClassifierNet, images: np.ndarray, kind: str, batch_size: int) -> np.ndarray:
+    """Probabilities (N, L) float32 of (N, H, W, C) uint8 images; leaves the network in eval mode.
 
-
-def predict(
-    network: ClassifierNet, images: np.ndarray, kind: str, batch_size: int, half: torch.dtype | None = None
-) -> np.ndarray:
-    """Probabilities (N, L) float32 of (N, H, W, C) uint8 images; leaves the network in eval mode."""
+    In full float32 whatever it was trained in: thresholds chosen on validation images are those of test images.
+    """
     network.eval()
     first = next(network.parameters())
     last: Any = network.head[-1]
     found = [np.zeros((0, last.out_features), np.float32)]
-    with torch.inference_mode(), autocast(first.device, half):
+    with torch.inference_mode(), full_precision():
         for start in range(0, len(images), batch_size):
             pixels = to_pixels(images[start : start + batch_size], first.device, first.dtype)
             logits = network(pixels.contiguous(memory_format=torch.channels_last)).float()

@@ -23,11 +23,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from raysynth.core.experiment import Generator
+from raysynth.models.device import PRECISIONS, deterministic
 from raysynth.models.optim import learning_rate, make_ema, make_optimizer
 from raysynth.models.schedule import loss_weights, make_scheduler, target
 from raysynth.models.unet import build_unet
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -75,6 +74,7 @@ class DDPMTraining:
 
     def __init__(self, generator: Generator, null: np.ndarray, channels: int, device: str = "cpu") -> None:
         self.generator, self.channels, self.device = generator, channels, torch.device(device)
+        deterministic(self.device)
         self.scheduler = make_scheduler(generator)
         self.weights = loss_weights(self.scheduler, generator.prediction, generator.min_snr_gamma)
         self.null = torch.from_numpy(null)
@@ -192,7 +192,8 @@ class DDPMTraining:
 
     def load(self, path: str) -> None:
         """Continues from a saved state."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        # To the CPU, where AdamW counts its steps: read from the GPU, each count would be waited for at every step.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.unet.load_state_dict(state["unet"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

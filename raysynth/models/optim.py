@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.optim.swa_utils import AveragedModel
 
 from raysynth.core.evidence import Classifier
 from raysynth.core.experiment import Generator
-
-Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 
 def make_optimizer(
@@ -56,21 +54,40 @@ def ema_decay(decay: float, step: int) -> float:
     return min(decay, (1.0 + step) / (10.0 + step))
 
 
-def make_ema(model: torch.nn.Module, decay: float, buffers: bool = False) -> AveragedModel:
+class MovingAverage(AveragedModel):
+    """torch's, whose own update copies its counter to the device and so waits for a GPU at every step.
+
+    The first update copies; later ones average by `ema_decay`. Buffers that are not averaged are copied.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float, buffers: bool) -> None:
+        super().__init__(model, use_buffers=buffers)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """One step towards the weights of `model`."""
+        updates = int(self.n_averaged)  # on the CPU
+        averaged: list[tuple[torch.Tensor, torch.Tensor]] = []
+        averaged.extend(zip(self.module.parameters(), model.parameters(), strict=True))
+        copied: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for kept, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            # Counters, such as the number of batches that batch norm has seen, have no average.
+            (averaged if self.use_buffers and kept.is_floating_point() else copied).append((kept, new))
+        if updates:
+            kept_all, new_all = zip(*averaged, strict=True)
+            torch._foreach_lerp_(kept_all, new_all, 1.0 - ema_decay(self.decay, updates))
+        else:
+            copied += averaged
+        for kept, new in copied:
+            kept.copy_(new)
+        self.n_averaged += 1
+
+
+def make_ema(model: torch.nn.Module, decay: float, buffers: bool = False) -> MovingAverage:
     """Exponential moving average of a model's weights; `.module` is the averaged model.
 
     Args:
         buffers: averages buffers as well (the statistics of batch norm, which belong to the weights); else copies.
     """
-    return AveragedModel(model, multi_avg_fn=_averaging(decay), use_buffers=buffers)
-
-
-def _averaging(decay: float) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
-    @torch.no_grad()
-    def average(kept: Tensors, new: Tensors, updates: torch.Tensor | int) -> None:
-        if kept[0].is_floating_point():
-            torch._foreach_lerp_(kept, new, 1.0 - ema_decay(decay, int(updates)))
-        else:  # counters, such as the number of batches that batch norm has seen
-            torch._foreach_copy_(kept, new)
-
-    return average
+    return MovingAverage(model, decay, buffers)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from raysynth.core.experiment import Generator
 from raysynth.models.optim import ema_decay, learning_rate, make_ema, make_optimizer
@@ -54,3 +57,35 @@ def test_optimizers_lower_a_quadratic(name: str) -> None:
         x.square().sum().backward()
         optimizer.step()
     assert float(x.detach().abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_moving_average_is_torchs_bit_for_bit(buffers: bool) -> None:
+    def average(kept: Any, new: Any, updates: Any) -> None:
+        if kept[0].is_floating_point():
+            torch._foreach_lerp_(kept, new, 1.0 - ema_decay(0.9, int(updates)))
+        else:
+            torch._foreach_copy_(kept, new)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 3).double())
+    theirs = AveragedModel(model, multi_avg_fn=torch.no_grad()(average), use_buffers=buffers)
+    ours = make_ema(model, 0.9, buffers)
+    for _ in range(5):
+        with torch.no_grad():
+            model[1](model[0](torch.randn(2, 1, 6, 6)))
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ours.update_parameters(model)
+        theirs.update_parameters(model)
+    first, second = ours.state_dict(), theirs.state_dict()
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_moving_average_reads_nothing_from_the_device() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2)).to("meta")  # nothing to be read there
+    ema = make_ema(model, 0.5, buffers=True)
+    for _ in range(3):
+        ema.update_parameters(model)
+    assert int(ema.n_averaged) == 3
