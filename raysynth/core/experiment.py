@@ -204,7 +204,8 @@ class Compute:
     train_threads: int | None = None
     """torch threads of a CPU training process; null: its share of the cores."""
     train_accumulation: int = 1
-    """Gradient accumulation steps; the global batch stays the same."""
+    """Gradient accumulation steps, for a batch that takes more memory than the GPUs have; the global batch stays the
+    same."""
     checkpoint_every: int = 500
     """Optimizer steps between checkpoints."""
     sample_every: int = 500

@@ -23,12 +23,17 @@ from raysynth.data.predictions import truth, with_probabilities
 from raysynth.data.views import View
 from raysynth.metrics.validation import validation_scores
 from raysynth.stages.classifier_task import ClassifierTask, Report
+from raysynth.stages.training_loop import enough_memory
 from raysynth.stages.views import open_view_folder
 
 STATE = "checkpoints/training.pt"
 HISTORY = "log/history.jsonl"
 EVENTS = "log/events.out.tfevents.0.raysynth"
 MODEL = "model"
+MEMORY_REMEDY = (
+    "Lower classifier.batch_size in every arm, or raise compute.classifier_workers (processes that share the batch, a "
+    "GPU each) or compute.trial_gpus (trials that share a GPU are then fewer)."
+)
 
 
 class Loop:
@@ -65,7 +70,16 @@ class Loop:
         )  # fmt: skip
 
     def run(self) -> None:
-        """Trains to the end and leaves the best checkpoint's model and predictions in the artifact's folder."""
+        """Trains to the end and leaves the best checkpoint's model and predictions in the artifact's folder.
+
+        Raises:
+            ConfigError: the loss stopped being finite.
+            MemoryFault: it takes more memory than the device has.
+        """
+        with enough_memory(MEMORY_REMEDY):
+            self._run()
+
+    def _run(self) -> None:
         t, training = self.task, self.training
         self._resume()
         share = t.classifier.batch_size // self.world

@@ -25,6 +25,7 @@ def run_trial(task: ClassifierTask, report: Report) -> dict[str, Any]:
 
     Raises:
         ConfigError: the loss stopped being finite.
+        MemoryFault: it takes more memory than the device has.
     """
     if task.artifact.complete:
         return _result(task)

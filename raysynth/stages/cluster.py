@@ -6,10 +6,12 @@ Everything that must be set before `import ray` is set here; stages import ray o
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from raysynth.core.errors import EnvironmentFault
@@ -35,6 +37,24 @@ class Resources:
     cpus: int
     gpus: int
     nodes: int
+
+
+def times(room: float, each: float) -> int:
+    """How often `each` fits `room`, as typed: .1 fits 1 ten times, though the float .1 is a little more."""
+    return math.floor(room / each + 1e-9)
+
+
+def gpu_times(gpus: float, each: float) -> int:
+    """How many processes of `each` GPUs fit `gpus`; a share of a GPU is never of two."""
+    return int(gpus) * times(1, each) if each < 1 else times(gpus, each)
+
+
+def slots(nodes: Sequence[Mapping[str, float]], one: Mapping[str, float]) -> int:
+    """How many processes that each take `one` (above 0 of each kind) fit on nodes with these resources in all."""
+    return sum(
+        min((gpu_times if kind == "GPU" else times)(node.get(kind, 0), wanted) for kind, wanted in one.items())
+        for node in nodes
+    )
 
 
 def connect(compute: Compute, experiment: str = "") -> Resources:

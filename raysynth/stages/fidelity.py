@@ -10,6 +10,7 @@ the first images only, so that neither pixels nor many features pass through the
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -87,7 +88,8 @@ def fidelity(
     policy = experiment.data.labels.policy
     chosen = [_chosen(side, n, policy) for side in sides]
     views = [build_view(experiment, storage, images, size, c["image_id"].to_pylist()).path for c in chosen[:2]]
-    found, extractor, weights = _extract(experiment, storage, resources, [*views, synthetic_view.path], chosen)
+    views.append(synthetic_view.path)
+    found, extractor, weights, gpu_seconds = _extract(experiment, storage, resources, views, chosen)
     samples = [
         Sample(moments, features, used_labels(c, policy)[: len(features)], _units(c, table)[: len(features)])
         for (moments, features), c in zip(found, chosen)
@@ -103,7 +105,7 @@ def fidelity(
     result = pa.Table.from_pylist([{**of, **row} for row in rows], schema=fidelity_schema())
     artifact.put(TABLE, to_parquet(result))
     artifact.put("fidelity.csv", result.to_pandas().to_csv(index=False, lineterminator="\n").encode())
-    artifact.commit({"images": n}, extractor=extractor, weights_sha256=weights)
+    artifact.commit({"images": n}, gpu_seconds=gpu_seconds, extractor=extractor, weights_sha256=weights)
     for row in rows:
         if row["class"] == ALL:
             say(_line(row, extractor))
@@ -125,8 +127,9 @@ def _units(rows: pa.Table, real: pa.Table) -> list[str]:
 
 def _extract(
     experiment: Experiment, storage: Storage, resources: Resources, views: Sequence[str], chosen: Sequence[pa.Table]
-) -> tuple[list[tuple[Moments, np.ndarray]], str, str]:
-    """Moments of all and features of the first `KEPT` images of every view; name and weights of the extractor."""
+) -> tuple[list[tuple[Moments, np.ndarray]], str, str, float]:
+    """Moments of all and features of the first `KEPT` images of every view; name and weights of the extractor; seconds
+    for which tasks held a GPU."""
     import ray
 
     kind, cache = experiment.evaluation.fidelity.extractor, experiment.compute.cache
@@ -140,19 +143,21 @@ def _extract(
             pieces.append((side, task.remote(storage, view, ids, kind, cache, "cuda" if gpu else "cpu", kept)))
     moments: list[Moments | None] = [None] * len(views)
     features: list[list[np.ndarray]] = [[] for _ in views]
-    name = weights = ""
+    name, weights, gpu_seconds = "", "", 0.0
     with Progress(STAGE, sum(c.num_rows for c in chosen), "images") as progress:
         for side, piece in pieces:
             try:
-                part, kept_features, name, weights = ray.get(piece)
+                part, kept_features, name, weights, seconds = ray.get(piece)
             except ray.exceptions.RayTaskError as error:
                 # What went wrong in words, without a worker's traceback around it.
                 raise error.cause if isinstance(error.cause, RaysynthError) else error from None
             before = moments[side]
             moments[side] = part if before is None else before.merge(part)
             features[side].append(kept_features)
+            gpu_seconds += seconds if gpu else 0.0
             progress.advance(part.n)
-    return [(m, np.concatenate(f)) for m, f in zip(moments, features) if m is not None], name, weights
+    found = [(m, np.concatenate(f)) for m, f in zip(moments, features) if m is not None]
+    return found, name, weights, gpu_seconds
 
 
 _extractor = lru_cache(maxsize=1)(make_extractor)
@@ -160,18 +165,21 @@ _extractor = lru_cache(maxsize=1)(make_extractor)
 
 def extract_piece(
     storage: Storage, view: str, ids: pa.ChunkedArray, kind: str, cache: str, device: str, kept: int
-) -> tuple[Moments, np.ndarray, str, str]:
-    """Features of some images of a view: their moments, the first `kept` of them, name and weights of the extractor.
+) -> tuple[Moments, np.ndarray, str, str, float]:
+    """Features of some images of a view: their moments, the first `kept` of them, name and weights of the extractor,
+    and the seconds it took.
 
     Runs in a Ray task; a process loads the extractor once.
     """
+    began = time.monotonic()
     extractor = _extractor(kind, cache, device)
     opened = open_view_folder(storage, view, cache)
     positions = opened.positions(ids)
     features = np.concatenate([
         extractor(opened.images(positions[start : start + BATCH])) for start in range(0, len(positions), BATCH)
     ])  # fmt: skip
-    return Moments.of(features), features[:kept], extractor.name, extractor.weights
+    seconds = time.monotonic() - began
+    return Moments.of(features), features[:kept], extractor.name, extractor.weights, seconds
 
 
 def _line(row: dict[str, Any], extractor: str) -> str:

@@ -6,6 +6,7 @@ classifier. Beside `fidelity`, the only place that opens a test split.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,8 +119,10 @@ def predict_missing(e: Experiment, storage: Storage, trials: Sequence[Trial], se
         folders = {t.name: views[t.name, size] for t in sets}
         work.append((trial, predictions_artifact(trial, sets), folders))
     gpu = e.compute.use_gpu is not False and ray.cluster_resources().get("GPU", 0) >= 1
-    remote = ray.remote(max_retries=3)(predict).options(num_cpus=1, num_gpus=e.compute.trial_gpus if gpu else 0)
-    waiting = {remote.remote(storage, f"{t.classifier.path}/model", a, f, e.compute.cache, gpu) for t, a, f in work}
+    gpus = e.compute.trial_gpus if gpu else 0.0
+    # Given here, not in options(): only then does Ray end a worker that initialised CUDA on its GPU.
+    remote = ray.remote(max_retries=3, num_cpus=1, num_gpus=gpus)(predict)
+    waiting = {remote.remote(storage, f"{t.classifier.path}/model", a, f, e.compute.cache, gpus) for t, a, f in work}
     with Progress("predict", len(waiting), "classifiers") as progress:
         while waiting:
             done, rest = ray.wait(list(waiting), timeout=5)
@@ -128,17 +131,21 @@ def predict_missing(e: Experiment, storage: Storage, trials: Sequence[Trial], se
             progress.advance(len(done))
 
 
-def predict(storage: Storage, model: str, artifact: Artifact, views: Mapping[str, str], cache: str, gpu: bool) -> None:
+def predict(
+    storage: Storage, model: str, artifact: Artifact, views: Mapping[str, str], cache: str, gpus: float
+) -> None:
     """Writes one classifier's predictions on every test set; runs in a Ray task.
 
     Args:
         model: folder of the exported classifier, below the root.
         artifact: as of `predictions_artifact`; the truth follows the label policies in its identity.
         views: test set -> folder of its view, below the root.
+        gpus: that the task holds; 0: it predicts on the CPU.
     """
     from raysynth.models.classifier_export import load_classifier
 
-    predictor = load_classifier(str(local_folder(storage, model, cache)), "cuda" if gpu else "cpu")
+    began = time.monotonic()
+    predictor = load_classifier(str(local_folder(storage, model, cache)), "cuda" if gpus else "cpu")
     classes = list(predictor.facts["classes"])
     counts = {}
     for name, folder in views.items():
@@ -147,7 +154,7 @@ def predict(storage: Storage, model: str, artifact: Artifact, views: Mapping[str
         said = [predictor.predict(view.images(range(i, min(i + 4096, len(view))))) for i in range(0, len(view), 4096)]
         artifact.put(f"{name}.parquet", to_parquet(with_probabilities(table, np.concatenate(said), classes)))
         counts[name] = len(view)
-    artifact.commit(counts)
+    artifact.commit(counts, gpu_seconds=gpus * (time.monotonic() - began))
 
 
 def load_predictions(trial: Trial, sets: Sequence[TestSet]) -> dict[str, pa.Table]:

@@ -21,7 +21,7 @@ from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault, storage_words
 from raysynth.core.progress import say
-from raysynth.stages.cluster import Resources, quiet_data_context
+from raysynth.stages.cluster import Resources, gpu_times, quiet_data_context, times
 from raysynth.stages.live import RenderView
 from raysynth.stages.render_actor import SUMMED, RenderActor, RenderJob
 from raysynth.synth.sets import FOLD_PAST, SyntheticSet, Wave
@@ -39,8 +39,8 @@ DRAIN_S = 60.0  # a stopping driver waits so long for the last micro-batches
 def worker_shape(compute: Compute, resources: Resources) -> tuple[int, float, float]:
     """(workers to begin with, CPUs each, GPUs each) of the render pool; at least one worker."""
     gpus = compute.gpus_per_renderer if resources.gpus else 0.0
-    fit = resources.gpus / gpus if gpus else resources.cpus / max(compute.cpus_per_renderer, 0.01)
-    return max(1, compute.render_workers or math.floor(fit)), compute.cpus_per_renderer, gpus
+    fit = gpu_times(resources.gpus, gpus) if gpus else times(resources.cpus, max(compute.cpus_per_renderer, 0.01))
+    return max(1, compute.render_workers or fit), compute.cpus_per_renderer, gpus
 
 
 def where(compute: Compute) -> dict[str, Any]:

@@ -219,7 +219,8 @@ def train_classifier(task: ClassifierTask) -> Artifact:
         f"images, {task.classifier.steps:,} steps of {task.classifier.batch_size}")  # fmt: skip
     queue: Any = Queue(actor_options={"num_cpus": 0})
     with Progress(STAGE, task.classifier.steps, "steps") as progress:
-        remote = ray.remote(max_retries=3)(run_trial).options(**trial_options(task))
+        # Given here, not in options(): only then does Ray end a worker that initialised CUDA on its GPU.
+        remote = ray.remote(max_retries=3, **trial_options(task))(run_trial)
         reference = remote.remote(task, queue.put)
         done: list[Any] = []
         while not done:

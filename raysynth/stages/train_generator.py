@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -34,6 +34,7 @@ from raysynth.data.plans import plan_sources
 from raysynth.data.subsets import generator_rows
 from raysynth.stages import training_loop
 from raysynth.stages.adoption import SEEN, seen_table
+from raysynth.stages.cluster import slots
 from raysynth.stages.training_log import TrainingLog
 from raysynth.stages.views import build_view
 
@@ -105,7 +106,7 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
                 experiment.compute, log.queue,
             )  # fmt: skip
             _fit(task, artifact, workers, gpu)
-    _commit(artifact, storage, experiment, rows)
+    _commit(artifact, storage, experiment, rows, workers if gpu else 0)
     return artifact
 
 
@@ -175,11 +176,6 @@ def _resources(compute: Compute, gpu: bool) -> dict[str, float]:
     return {"CPU": compute.train_threads or 1} | ({"GPU": 1} if gpu else {})
 
 
-def slots(nodes: Sequence[Mapping[str, float]], one: Mapping[str, float]) -> int:
-    """How many processes that each take `one` fit on nodes with these resources in all."""
-    return sum(min(int(node.get(kind, 0) // wanted) for kind, wanted in one.items()) for node in nodes)
-
-
 def sharing_workers(batch: int, room: int) -> int:
     """The most processes, at most `room`, that share a batch equally; at least one."""
     return max((n for n in range(1, min(batch, room) + 1) if batch % n == 0), default=1)
@@ -226,7 +222,10 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
         raise EnvironmentFault(f"{STAGE}: training processes failed ({error}). The same command continues.") from error
     except ControllerError as error:
         raise EnvironmentFault(f"{STAGE}: Ray Train failed ({error}). The same command continues.") from error
-    diverged = (result.return_value or {}).get("diverged")
+    returned = result.return_value or {}
+    if returned.get("fault"):
+        raise EnvironmentFault(f"{STAGE}: {returned['fault']}")
+    diverged = returned.get("diverged")
     if diverged is not None:
         raise ConfigError(
             "generator.lr", task.generator.lr, f"lower: the loss was not finite at step {diverged}",
@@ -248,7 +247,12 @@ def _aside(work: Callable[[], Any]) -> Any:
     return done.result()
 
 
-def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table) -> None:
+def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table, gpus: int) -> None:
+    """Ends the artifact.
+
+    Args:
+        gpus: that the training processes hold.
+    """
     files: dict[str, str] = json.loads(storage.get(artifact.file("export.json")))
     for name, sha256 in files.items():
         artifact.register(f"export/{name}", sha256)
@@ -257,6 +261,7 @@ def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: 
     seconds = _trained_seconds(artifact, storage)
     artifact.commit(
         {"n_real_generator": rows.num_rows, "steps": experiment.generator.steps},
+        gpu_seconds=(seconds or 0.0) * gpus,
         weights_sha256=facts["weights_sha256"],
         licences=[experiment.data.licence],
         compute=dataclasses.asdict(experiment.compute),

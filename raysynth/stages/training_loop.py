@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute, Generator, Sampling
 from raysynth.core.storage import Storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.images import encode_png
 from raysynth.data.views import View, label_groups, order_for
-from raysynth.synth.renderer import to_uint8
+from raysynth.synth.renderer import is_out_of_memory, to_uint8
 
 LOG_EVERY = 10
 STATE = "training.pt"
@@ -53,33 +54,48 @@ class Task:
 
 
 def train(config: dict[str, Any]) -> dict[str, Any]:
-    """The train function of Ray Train. Returns {"diverged": step} where the loss stopped being finite."""
+    """The train function of Ray Train.
+
+    Returns:
+        {"diverged": step} where the loss stopped being finite, {"fault": words} where memory did not suffice.
+    """
     import ray.train.torch
+
+    context = ray.train.get_context()
+    device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"
+    task: Task = config["task"]
+    share = task.compute.train_threads or cores() // context.get_local_world_size()
+    try:
+        with threads(share), enough_memory("Raise compute.train_accumulation: the weights stay the same."):
+            return {"diverged": _train(task, device, context.get_world_rank(), context.get_world_size())}
+    except MemoryFault as fault:
+        if context.get_world_size() > 1:
+            raise  # the other ranks wait for this one, and only an error ends them
+        return {"fault": str(fault)}  # Ray Train would answer an error with restarts, which need as much memory
+
+
+def _train(task: Task, device: str, rank: int, world: int) -> int | None:
+    """Trains and exports. Returns the step at which the loss was not finite, or None."""
     import torch
 
     from raysynth.models.ddpm import DDPMTraining
     from raysynth.stages.views import open_view_folder
 
-    task: Task = config["task"]
-    context = ray.train.get_context()
-    world, rank = context.get_world_size(), context.get_world_rank()
-    device = str(ray.train.torch.get_device()) if config["gpu"] else "cpu"
-    with threads(task.compute.train_threads or cores() // context.get_local_world_size()):
-        view = open_view_folder(task.storage, task.view, task.compute.cache)
-        training = DDPMTraining(task.generator, task.spec.null, int(task.facts["channels"]), device)
-        if world > 1:
-            training.distribute()
-        _resume(task, training)
-        if rank == 0:
-            task.queue.put({"resumed": training.step})
-        loop = Loop(task, training, view, world, rank)
-        diverged = loop.run()
-        if diverged is None and rank == 0:
-            _export(task, training)
-        if world > 1:
-            # Ray ends the group once a rank returns.
-            torch.distributed.barrier()
-    return {"diverged": diverged}
+    view = open_view_folder(task.storage, task.view, task.compute.cache)
+    training = DDPMTraining(task.generator, task.spec.null, int(task.facts["channels"]), device)
+    if world > 1:
+        training.distribute()
+    _resume(task, training)
+    if rank == 0:
+        task.queue.put({"resumed": training.step})
+    loop = Loop(task, training, view, world, rank)
+    diverged = loop.run()
+    if diverged is None and rank == 0:
+        _export(task, training)
+    if world > 1:
+        # Ray ends the group once a rank returns.
+        torch.distributed.barrier()
+    return diverged
 
 
 class Loop:
@@ -216,3 +232,19 @@ def threads(wanted: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class MemoryFault(EnvironmentFault):
+    """Training takes more memory than its device has."""
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Raises MemoryFault, with what to change, where the block takes more memory than its device has."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MemoryFault(f"training takes more memory than there is ({said}). {remedy}") from error

@@ -9,8 +9,10 @@ Input: `ClassifierTask`s. Output: how each ended. Knows nothing of arms, nor whi
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -23,8 +25,8 @@ from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault
 from raysynth.core.lease import Lease, holder_of
 from raysynth.stages.classifier_task import ClassifierTask, process_resources
+from raysynth.stages.cluster import slots
 from raysynth.stages.sweep_table import SweepTable
-from raysynth.stages.train_generator import slots
 
 WORKER_DEATHS = 3
 """Times that Tune restarts a trial whose process died."""
@@ -64,8 +66,29 @@ def train_arm(config: dict[str, Any], tasks: Sequence[ClassifierTask]) -> None:
         ending = Ending(str(error), isinstance(error, EnvironmentFault))
     except Exception as error:  # noqa: BLE001 - one trial's fault must not end the others' training
         ending = Ending(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", is_storage_fault(error))
+    # Here, where no traceback keeps the trial's tensors alive any more.
+    leave_device(ending)
     # A dictionary, because Tune looks into results.
     tune.report({"ending": {"reason": ending.reason, "environment": ending.environment}})
+
+
+def leave_device(ending: Ending) -> None:
+    """Gives the GPU's memory back before the next trial takes over this process.
+
+    An illegal access or a lost device breaks CUDA for the rest of a process: then the process ends, and Tune restarts
+    the trial in another one.
+    """
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return
+    gc.collect()
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except Exception as error:  # noqa: BLE001 - whatever it is, nothing more can be trained here
+        print(f"{ending.reason}\nCUDA is broken in this process: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _alone(task: ClassifierTask) -> Lease:

@@ -17,7 +17,6 @@ from raysynth.stages.train_generator import (
     generator_artifact,
     per_class,
     sharing_workers,
-    slots,
     train_generator,
     training_rows,
 )
@@ -114,13 +113,6 @@ def test_a_policy_of_no_class_is_refused(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_any_number_of_gpus_shares_the_batch(batch: int, room: int, workers: int) -> None:
     assert sharing_workers(batch, room) == workers
-
-
-def test_room_is_counted_node_by_node() -> None:
-    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 4.0}, {"CPU": 16.0}, {"GPU": 1.0}]
-    assert slots(nodes, {"CPU": 1, "GPU": 1}) == 3
-    assert slots(nodes, {"CPU": 2}) == 10
-    assert slots(nodes, {"CPU": 17}) == 0
 
 
 def test_images_per_class_as_text() -> None:
