@@ -36,7 +36,7 @@ from raysynth.core.experiment import Sampling
 from raysynth.core.storage import open_storage
 from raysynth.data.images import encode_png, pixel_sha256
 from raysynth.synth.ddpm import DDPMRenderer
-from raysynth.synth.renderer import Row, fault_in, noise_seed, to_uint8
+from raysynth.synth.renderer import Row, fault_in, is_out_of_memory, noise_seed, to_uint8
 from raysynth.synth.samplers import initial_noise, make_sampler
 from raysynth.synth.sets import SyntheticSet
 from raysynth.synth.settle import settle
@@ -129,14 +129,21 @@ def shares(folder: str, s: Sampling, a: argparse.Namespace) -> dict[str, float]:
 def micro_batches(folder: str, s: Sampling, a: argparse.Namespace) -> dict[str, Any]:
     """Images/s by micro-batch, and what `auto` finds in how many seconds."""
     made = DDPMRenderer(folder, s, DEVICE)
-    sizes = [2**i for i in range(9 if CUDA else 7)]
+    sizes = []
+    try:
+        for n in [2**i for i in range(11 if CUDA else 7)]:
+            made.render(list(rows(n)), n)  # not on the clock
+            sizes.append(n)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    made.release_memory()
     spent: dict[int, list[float]] = {n: [] for n in sizes}
-    for round_ in range(max(3, a.repeats // 2) + 1):
+    for _ in range(max(3, a.repeats // 2)):
         for n in sizes:
             began = seconds()
             made.render(list(rows(n)), n)
-            if round_:
-                spent[n].append(seconds() - began)
+            spent[n].append(seconds() - began)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as root:
         settled = settle(SyntheticSet(open_storage(root), "bench", {}), made, None)

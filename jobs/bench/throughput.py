@@ -5,13 +5,15 @@
 The bare loop renders the same micro-batches with the same renderer and rounds to uint8: no storage, no PNG, no
 hashes, no Ray. The engine is the render pool as `raysynth generate` runs it, on an untrained generator. Both are in
 steady state: the bare loop after one warm-up micro-batch, the engine from each worker's first marker to the last
-marker; start-up, first shard included, is printed apart. With several workers the bare loop runs as as many processes.
+marker; start-up, first shard included, is printed apart. With several workers the bare loop runs as as many processes,
+on GPUs in turn; the workers of one GPU share it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -70,16 +72,26 @@ def plan_rows(n: int) -> pa.Table:
     return build_plan(pa.table({**table, **labels}), build_experiment(content))
 
 
-def make(folder: str, sampling: Sampling, gpu: bool) -> Renderer:
-    """The renderer, on one thread of a CPU or on the GPU."""
+def make(folder: str, sampling: Sampling, device: str) -> Renderer:
+    """The renderer, on one thread of a CPU or on a GPU."""
     from raysynth.synth.ddpm import DDPMRenderer
 
-    return DDPMRenderer(folder, sampling, "cuda" if gpu else "cpu", threads=1)
+    return DDPMRenderer(folder, sampling, device, threads=1)
 
 
-def bare(folder: str, sampling: Sampling, gpu: bool, rows: list[Row], micro_batch: int, result: Any = None) -> float:
+def devices(workers: int, gpus: int) -> list[str]:
+    """torch devices of bare loops."""
+    return [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(workers)]
+
+
+def gpu_share(workers: int, gpus: int) -> float:
+    """GPUs of one worker, so that Ray starts all of them: a worker's part of a GPU lies on one GPU."""
+    return 1 / math.ceil(workers / gpus) if gpus else 1.0
+
+
+def bare(folder: str, sampling: Sampling, rows: list[Row], micro_batch: int, device: str, result: Any = None) -> float:
     """Images/s of the plain loop."""
-    renderer = make(folder, sampling, gpu)
+    renderer = make(folder, sampling, device)
     renderer.render(rows[:micro_batch], micro_batch)
     began = time.perf_counter()
     for start in range(0, len(rows), micro_batch):
@@ -91,11 +103,11 @@ def bare(folder: str, sampling: Sampling, gpu: bool, rows: list[Row], micro_batc
     return rate
 
 
-def bare_processes(workers: int, *args: object) -> float:
-    """Sum of the images/s of `workers` plain loops side by side."""
+def bare_processes(on: list[str], *args: object) -> float:
+    """Sum of the images/s of plain loops side by side, one on each of these devices."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=bare, args=(*args, results)) for _ in range(workers)]
+    processes = [context.Process(target=bare, args=(*args, device, results)) for device in on]
     for p in processes:
         p.start()
     rates = [results.get() for _ in processes]
@@ -105,7 +117,7 @@ def bare_processes(workers: int, *args: object) -> float:
 
 
 def engine(
-    folder: str, e: Experiment, gpu: bool, wanted: Wanted, micro_batch: int, shard_rows: int, workers: int
+    folder: str, e: Experiment, gpus: int, wanted: Wanted, micro_batch: int, shard_rows: int, workers: int
 ) -> tuple[float, float, float]:
     """(images/s in steady state, seconds from call to the first marker, busy share of the device)."""
     identity = {
@@ -114,9 +126,13 @@ def engine(
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as root:
         store = SyntheticSet(open_storage(root), "bench", identity)
-        compute = Compute(render_workers=workers, micro_batch=micro_batch, shard_rows=shard_rows)
+        share = gpu_share(workers, gpus)
+        compute = Compute(
+            render_workers=workers, micro_batch=micro_batch, shard_rows=shard_rows, gpus_per_renderer=share
+        )
+        factory = partial(make, folder, e.sampling, "cuda" if gpus else "cpu")
         began = time.time()
-        render(store, wanted, partial(make, folder, e.sampling, gpu), compute, cluster.connect(compute))
+        render(store, wanted, factory, compute, cluster.connect(compute))
         markers = sorted(store.markers(store.done()).values(), key=lambda m: m["finished"])
     # Each worker's first shard carries its start; steady state begins when the last of them is committed.
     steady = markers[workers:]
@@ -135,7 +151,7 @@ def main() -> None:
     a = parser.parse_args()
     import torch
 
-    gpu = torch.cuda.is_available()
+    gpus = torch.cuda.device_count()
     cluster.connect(Compute(address="local"))
     e = experiment(a.size, a.preset, a.steps)
     table = plan_rows(a.rows)
@@ -147,14 +163,14 @@ def main() -> None:
         found: dict[str, list[float]] = {"bare": [], "engine": [], "cold_start_s": [], "busy": []}
         for i in range(a.repeats):
             share = rows[: a.rows // a.workers]
-            found["bare"].append(bare_processes(a.workers, folder, e.sampling, gpu, share, a.micro_batch))
-            rate, cold, busy = engine(folder, e, gpu, Wanted.of(table), a.micro_batch, a.shard_rows, a.workers)
+            found["bare"].append(bare_processes(devices(a.workers, gpus), folder, e.sampling, share, a.micro_batch))
+            rate, cold, busy = engine(folder, e, gpus, Wanted.of(table), a.micro_batch, a.shard_rows, a.workers)
             for key, number in (("engine", rate), ("cold_start_s", cold), ("busy", busy)):
                 found[key].append(number)
             print(f"{i + 1}: bare {found['bare'][-1]:.2f}, engine {rate:.2f} images/s, busy {busy:.3f}", flush=True)
     medians = {k: statistics.median(v) for k, v in found.items()}
     result = {
-        "hardware": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "hardware": torch.cuda.get_device_name() if gpus else f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "torch": torch.__version__, "arguments": vars(a) | {"out": None}, "runs": found, "median": medians,
         "ratio": medians["engine"] / medians["bare"],
     }  # fmt: skip

@@ -6,7 +6,8 @@ A variant is a function from rows to images (B, C, H, W) float32 in [-1, 1].
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from raysynth.core.experiment import Sampling
+from raysynth.data.conditions import ConditionSpec
 from raysynth.synth.ddpm import DDPMRenderer
 from raysynth.synth.renderer import Row
 from raysynth.synth.samplers import cast_weights, make_sampler
@@ -24,8 +26,20 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 
+@contextmanager
+def plain_flags() -> Iterator[None]:
+    """CUDA's arithmetic as torch sets it: TF32 in convolutions, which our renderer turns off for its whole process."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = False, True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
 class Diffusers:
-    """The loop of diffusers' pipelines, as one finds it in its examples.
+    """The loop of diffusers' pipelines, as one finds it in its examples, under torch's own flags.
 
     Args:
         halves: one: both halves of guidance in one forward, as its pipelines do; two: one after the other, as its
@@ -40,9 +54,11 @@ class Diffusers:
         self.unet: Any = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype).to(DEVICE)
         self.unet.eval()
         self.config = json.loads((Path(folder) / "scheduler" / "scheduler_config.json").read_text())
-        self.spec = DDPMRenderer(folder, sampling, DEVICE).spec
+        self.spec = ConditionSpec.from_json((Path(folder) / "condition.json").read_bytes())
+        torch.set_num_threads(1)
 
     @torch.no_grad()
+    @plain_flags()
     def __call__(self, wanted: Sequence[Row]) -> np.ndarray:
         from diffusers.utils.torch_utils import randn_tensor
 
