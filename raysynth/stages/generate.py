@@ -40,6 +40,7 @@ from raysynth.synth.wanted import Wanted, unpack
 from raysynth.synth.waves import extend, missing, rows_a_shard
 
 STAGE_VERSION = 2
+SHARE_OF_MEMORY = 0.95  # of its part of the GPU, for renderers that share one
 
 
 def make_renderer(
@@ -52,8 +53,14 @@ def make_renderer(
         version: its `generator_id`: a cached copy of other weights is never used.
     """
     path = local_folder(storage, f"{generator}/export", e.compute.cache, version)
+    import torch
+
     from raysynth.synth.ddpm import DDPMRenderer
 
+    share = e.compute.gpus_per_renderer
+    if gpu and 0 < share < 1:
+        # Or a micro-batch measured alone would take the whole GPU. A CUDA context's own memory counts to nobody.
+        torch.cuda.set_per_process_memory_fraction(SHARE_OF_MEMORY * share)
     return DDPMRenderer(str(path), e.sampling, "cuda" if gpu else "cpu", threads, compiled)
 
 
