@@ -7,8 +7,12 @@ uint8 once. Knows nothing of shards, storage or training.
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import gc
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +27,24 @@ from raysynth.synth.samplers import HALF, cast_weights, sample
 COMPILE_OPTIONS: dict[str, Any] = {"deterministic": True}
 """No kernel is chosen by timing, so that every process compiles the same arithmetic."""
 SHAPES = 32
-"""Shapes compiled at most: halvings of the micro-batch, each with and without guidance. Beyond it torch would run
-uncompiled without a word, at other bytes."""
+"""Shapes compiled at most: halvings of the micro-batch, each with and without guidance. Beyond it torch
+raises."""
+BRIEF_STEPS = 4
+"""Sampling steps that tell how speed grows with the micro-batch; all steps cost the same."""
 
 
 def compile_network(unet: torch.nn.Module, backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """The network compiled as one graph a shape; torch raises where it cannot."""
+    """The network compiled as one graph a shape; torch raises where it cannot. Threads call `allow_shapes` first."""
+    options = COMPILE_OPTIONS if backend == "inductor" else None
+    return torch.compile(unet, backend=backend, dynamic=False, fullgraph=True, options=options)
+
+
+def allow_shapes() -> None:
+    """Lets the calling thread compile `SHAPES` shapes: torch's own default is 8, and a value set counts in no other
+    thread."""
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = SHAPES
-    options = COMPILE_OPTIONS if backend == "inductor" else None
-    return torch.compile(unet, backend=backend, dynamic=False, fullgraph=True, options=options)
 
 
 class DDPMRenderer:
@@ -108,6 +119,8 @@ class DDPMRenderer:
         """
         if len(rows) != micro_batch:
             raise ValueError(f"{len(rows)} rows for a micro-batch of {micro_batch}; pad with None")
+        if self.compiled:
+            allow_shapes()
         conditions = np.stack([self._condition(row) for row in rows])
         generators = [None if row is None else torch.Generator("cpu").manual_seed(row.seed) for row in rows]
         images = sample(
@@ -115,6 +128,21 @@ class DDPMRenderer:
             torch.from_numpy(self.spec.null).to(self.device), generators, self.shape, self.sampling,
         )  # fmt: skip
         return images.clamp(-1.0, 1.0).cpu().contiguous().numpy()
+
+    def brief(self) -> DDPMRenderer:
+        """The same network with few steps, all of them guided where any is, which needs the most memory."""
+        made = copy.copy(self)
+        steps = min(self.sampling.steps, BRIEF_STEPS)
+        made.sampling = replace(self.sampling, steps=steps, guidance_interval=None)
+        return made
+
+    def release_memory(self) -> None:
+        """Gives the memory that torch keeps for later back to the GPU."""
+        gc.collect()
+        if self.device.type == "cuda":
+            # A device that is broken, not full, says so at the next micro-batch, where it is judged.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def _condition(self, row: Row | None) -> np.ndarray:
         if row is None or not row.columns:

@@ -38,7 +38,11 @@ class Row:
 
 
 class Renderer(Protocol):
-    """Renders micro-batches on one device."""
+    """Renders micro-batches on one device.
+
+    It may also have `brief()`, a renderer of the same micro-batches that is quicker and speeds up alike as they grow,
+    and `release_memory()`, called after it ran out.
+    """
 
     def facts(self) -> dict[str, Any]:
         """What decides bytes besides the set's identity: device, threads, precision, flags, library versions."""
@@ -90,13 +94,23 @@ def canary_fault(renderer: Renderer, micro_batch: int) -> str | None:
 
 
 def release_memory(renderer: Renderer) -> None:
-    """Lets the renderer drop cached memory after it ran out; outside the except clause, whose traceback keeps the
-    failed batch's tensors alive."""
+    """Lets the renderer drop cached memory after it ran out; call it outside the except clause, whose traceback keeps
+    the failed batch's tensors alive."""
     release = getattr(renderer, "release_memory", None)
     if release:
         release()
 
 
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",  # torch's allocator on a CPU
+    "alloc_failed", "allocation_failed",  # status codes of cuBLAS and cuDNN
+    "cublas_status_not_initialized",  # cuBLAS found no room for its handle
+    "unable to find an engine",  # cuDNN: no algorithm's workspace fits
+)  # fmt: skip
+"""What messages of memory that ran out have in them, in lower case."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller micro-batch may help."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    """Whether a smaller micro-batch may help. Some of the messages have other causes too; then size 1 fails as well."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in OUT_OF_MEMORY)

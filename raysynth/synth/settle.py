@@ -8,17 +8,20 @@ tolerance; each marker names the facts its shard was rendered under.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.synth.renderer import CANARY, Renderer, SickWorker, canary_fault, is_out_of_memory
+from raysynth.synth.renderer import CANARY, Renderer, SickWorker, canary_fault, is_out_of_memory, release_memory
 from raysynth.synth.sets import SyntheticSet
 
 MEASURE_SECONDS = 20.0
 PASSES = 3  # of each size; the best counts, for whatever else the machine does only slows a pass down
 PASSES_SECONDS = 2.0  # and fewer where they take longer than this
 LARGEST = 256
+LARGEST_ON_CUDA = 1024
 WORTH = 1.05  # a larger micro-batch must be at least this much faster: it costs memory and finer bisection
 
 
@@ -52,7 +55,7 @@ def settle(store: SyntheticSet, renderer: Renderer, micro_batch: int | None, acc
     facts = renderer.facts()
     settled = read_settled(store)
     if settled is None:
-        size, rate = _measure(renderer, micro_batch)
+        size, rate = _measure(renderer, micro_batch, LARGEST_ON_CUDA if facts.get("cuda") else LARGEST)
         store.create_json("render.json", {"micro_batch": size, "rows_per_s": round(rate, 4), "facts": facts})
         settled = read_settled(store)
         assert settled is not None
@@ -68,43 +71,61 @@ def settle(store: SyntheticSet, renderer: Renderer, micro_batch: int | None, acc
     return settled
 
 
-def _pass(renderer: Renderer, size: int) -> float:
-    """Rows/s of one micro-batch."""
-    began = time.perf_counter()
+def _canary(renderer: Renderer, size: int) -> None:
     fault = canary_fault(renderer, size)
     if fault:
         raise SickWorker(fault)
-    return size / (time.perf_counter() - began)
 
 
-def _rate(renderer: Renderer, size: int) -> float:
+def _rate(micro_batch: Callable[[], Any], size: int) -> float:
     """Rows/s, the best of some micro-batches."""
-    began, rates = time.perf_counter(), [_pass(renderer, size)]
-    while len(rates) < PASSES and time.perf_counter() - began < PASSES_SECONDS:
-        rates.append(_pass(renderer, size))
+    rates: list[float] = []
+    began = time.perf_counter()
+    while not rates or (len(rates) < PASSES and time.perf_counter() - began < PASSES_SECONDS):
+        start = time.perf_counter()
+        micro_batch()
+        rates.append(size / (time.perf_counter() - start))
     return max(rates)
 
 
-def _measure(renderer: Renderer, typed: int | None) -> tuple[int, float]:
-    """(micro-batch, rows/s): doubles the micro-batch while that pays, memory lasts and the time is not spent."""
-    warm = typed or 1
-    _pass(renderer, warm)  # the first one pays for allocation, kernel choice and compilation
+def _measure(renderer: Renderer, typed: int | None, largest: int) -> tuple[int, float]:
+    """(micro-batch, rows/s as the set is rendered).
+
+    Sizes are compared by the renderer's brief form where it has one, or a sampler of many steps would spend the time
+    on the first sizes; health and the rate are the renderer's own.
+    """
     if typed:
-        return typed, _rate(renderer, typed)
+        _canary(renderer, typed)  # the first one pays for allocation, kernel choice and compilation
+        size = typed
+    else:
+        brief = getattr(renderer, "brief", None)
+        size = _fastest(brief() if brief else renderer, largest)
+        release_memory(renderer)
+    return size, _rate(partial(_canary, renderer, size), size)
+
+
+def _fastest(renderer: Renderer, largest: int) -> int:
+    """The micro-batch after doubling it while that pays, memory lasts and the time is not spent."""
+
+    def rate(size: int) -> float:
+        micro_batch = partial(renderer.render, [CANARY] + [None] * (size - 1), size)
+        micro_batch()
+        return _rate(micro_batch, size)
+
+    renderer.render([CANARY], 1)  # not on the clock: it starts the device
     began = time.perf_counter()
-    best, size = (1, _rate(renderer, 1)), 2
-    while size <= LARGEST and time.perf_counter() - began < MEASURE_SECONDS:
+    best, size = (1, rate(1)), 2
+    while size <= largest and time.perf_counter() - began < MEASURE_SECONDS:
         try:
-            renderer.render([CANARY] + [None] * (size - 1), size)
-            rate = _rate(renderer, size)
+            found = rate(size)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             break
         # Two sizes in a row without gain end the search; one may be an unlucky measurement.
-        if rate > best[1] * WORTH:
-            best = (size, rate)
+        if found > best[1] * WORTH:
+            best = (size, found)
         elif size > best[0] * 2:
             break
         size *= 2
-    return best
+    return best[0]

@@ -12,7 +12,7 @@ import torch
 from raysynth.core.experiment import Sampling
 from raysynth.models.ddpm import DDPMTraining
 from raysynth.synth.ddpm import DDPMRenderer
-from raysynth.synth.renderer import Row, canary_fault, noise_seed
+from raysynth.synth.renderer import Row, canary_fault, is_out_of_memory, noise_seed
 from raysynth.synth.samplers import denoise, make_sampler
 from tests.generators import BATCH, NULL, SPEC, batch, exported, small
 
@@ -108,6 +108,23 @@ def test_the_host_never_waits_between_the_first_step_and_the_last(folder: str, s
             denoise(made.unet, scheduler, timesteps, images, told, told[0], noise, made.sampling)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_that_ran_out_is_recognised_and_given_back(folder: str) -> None:
+    made, allowed = DDPMRenderer(folder, Sampling(sampler="ddim", steps=1), "cuda"), 64 << 20
+    made.render(rows(), N)
+    made.release_memory()
+    torch.cuda.set_per_process_memory_fraction(allowed / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(Exception, match=r".") as error:
+            made.render([None] * (1 << 14), 1 << 14)
+        assert is_out_of_memory(error.value)
+        del error
+        assert canary_fault(made, 1 << 14) is None
+        made.release_memory()
+        assert torch.cuda.memory_reserved() < allowed / 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++", "ddpm"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -207,6 +208,22 @@ def test_the_network_compiles_as_one_graph_a_shape(folder: str) -> None:
     assert made.render(rows(), N).tobytes() == plain.render(rows(), N).tobytes()
     made.render([row("1"), *[None] * (N - 1)], N)
     assert len(graphs) == 2
+
+
+class Echo(torch.nn.Module):
+    """A network in the place of the U-Net that predicts its input."""
+
+    def forward(self, x: Any, t: Any, _: None, class_labels: Any, return_dict: bool) -> tuple[Any]:
+        return (x * 1.0,)
+
+
+def test_a_thread_that_renders_may_compile_as_many_shapes(folder: str) -> None:
+    made = renderer(folder, "ddim", steps=2, guidance_scale=2.0, guidance_interval=[0.0, 0.5])
+    made.compiled, made.network = True, compile_network(Echo(), "eager")
+    sizes = [1, 3, 5, 7, 9, 11]  # two shapes each
+    with ThreadPoolExecutor(1) as thread:
+        for size in sizes:
+            assert thread.submit(made.render, [None] * size, size).result().shape[0] == size
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
