@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import ConfigError, Damaged, RaysynthError, require
+from raysynth.core.errors import ConfigError, RaysynthError, require
 from raysynth.core.identity import plain, sha256_bytes
 from raysynth.core.progress import Progress, say
 from raysynth.core.schemas import from_parquet
@@ -37,9 +37,9 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.stages.cluster import Resources, require_shared_folder
 from raysynth.stages.export_card import Source, data_card
 from raysynth.stages.export_formats import FORMATS, METADATA, Vocabulary, counts_of, export_rows
-from raysynth.stages.generated import index_tables, synthetic_set_of
+from raysynth.stages.generated import index_tables, read_part, synthetic_set_of
 from raysynth.stages.pipeline import Pipeline, is_sweep
-from raysynth.synth.sets import SyntheticSet, is_content
+from raysynth.synth.sets import SyntheticSet
 
 EXPORT_VERSION = 1
 FILE_MB = 500
@@ -233,14 +233,7 @@ def write_group(job: Export, group: Group) -> dict[str, Any]:
 
 
 def _read(job: Export, part: str, places: np.ndarray) -> pa.Table:
-    try:
-        data = job.store.part(part)
-    except FileNotFoundError:
-        data = b""
-    if not is_content(part, data):
-        raise Damaged(
-            f"{job.store.file(part)} is not what was committed. `raysynth verify --repair`, then `raysynth generate`."
-        )
+    data = read_part(job.store.storage, job.store.file(part))
     return export_rows(from_parquet(data).take(pa.array(places)), job.vocabulary)
 
 

@@ -84,7 +84,7 @@ def read_part(storage: Storage, path: str) -> bytes:
     except FileNotFoundError:
         data = b""
     if not is_content(path, data):
-        raise Damaged(f"{path} is not what was committed: `raysynth verify --repair`.")
+        raise Damaged(f"{path} is not what was committed. `raysynth verify --repair`, then `raysynth run`, mend it.")
     return data
 
 

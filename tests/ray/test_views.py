@@ -78,6 +78,6 @@ def test_a_damaged_part_enters_no_view(rendered: Pipeline, damage: str) -> None:
         swapped = table.set_column(table.column_names.index("source_image_id"), "source_image_id",
                                    table["source_image_id"].take(list(range(table.num_rows))[::-1]))  # fmt: skip
         p.storage.put(part, b"rot" if damage == "rot" else to_parquet(swapped))
-    with pytest.raises(Damaged, match=rf"^{part} is not what was committed: `raysynth verify --repair`\.$"):
+    with pytest.raises(Damaged, match=rf"^{part} is not what was committed. .*--repair`, then `raysynth run`"):
         build_synthetic_view(p.experiment, p.storage, p.generated, 8)
     assert not [f for f in p.storage.folders("view") if p.storage.exists(f"view/{f}/_SUCCESS")]
