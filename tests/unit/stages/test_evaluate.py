@@ -275,7 +275,7 @@ def test_each_test_set_has_its_own_label_policy(
     monkeypatch.setattr("raysynth.models.classifier_export.load_classifier", lambda *_: said)
     monkeypatch.setattr(stage, "local_folder", lambda *_: "")
     monkeypatch.setattr(stage, "open_view_folder", lambda *_: Viewed())
-    stage.predict(storage, "model", artifact, {t.name: "" for t in sets}, str(tmp_path), gpu=False)
+    stage.predict(storage, "model", artifact, {t.name: "" for t in sets}, str(tmp_path), gpus=0)
     found = {t.name: from_parquet(storage.get(artifact.file(f"{t.name}.parquet")))["true_c0"] for t in sets}
     assert found["test"].to_pylist().count(1) == 75
     assert found["mars"].to_pylist().count(1) == positives

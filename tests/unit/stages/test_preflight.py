@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from raysynth.core.config import build_experiment
 from raysynth.core.errors import ConfigError, DataError
 from raysynth.core.storage import open_storage
 from raysynth.models.classifier_net import build_classifier, check_classifier
+from raysynth.stages import cluster
 from raysynth.stages.pipeline import stages_of
 from raysynth.stages.preflight import check_setup
 from tests.classifiers import tiny
@@ -89,11 +89,12 @@ def test_drawing_takes_no_memory_and_changes_no_weights() -> None:
 
 
 @pytest.mark.parametrize("dry", [["--dry-run"], []])
-def test_the_command_tells_it_without_ray(tmp_path: Path, dry: list[str]) -> None:
+def test_the_command_tells_it_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: list[str]) -> None:
+    connected: list[object] = []
+    monkeypatch.setattr(cluster, "connect", lambda *given: connected.append(given))
     file = tmp_path / "e.yaml"
     file.write_text(yaml.safe_dump(content(tmp_path / "runs", classifier={"architecture": "resnet10tt"})))
     done = CliRunner().invoke(app, ["run", str(file), *dry])
     assert isinstance(done.exception, ConfigError), done.output
     assert not (tmp_path / "runs").exists()
-    ray = sys.modules.get("ray")
-    assert ray is None or not ray.is_initialized()
+    assert not connected
