@@ -30,7 +30,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 the file or the data is wrong, 3 a gate failed, 4 environment fault (retry).",
 )  # fmt: skip
 
-SHORT = ["name=quickstart-short", "generator.steps=300", "classifier.steps=60", "sweep.seeds=[0,1]"]
+SHORT = ["name=quickstart-short", "generator.steps=150", "classifier.steps=60", "sweep.seeds=[0,1]"]
 """Overrides of `quickstart --short`."""
 
 File = Annotated[str, typer.Argument(metavar="EXPERIMENT.yaml", help="The experiment file; see jobs/.")]

@@ -30,8 +30,8 @@ RAY = str(Path(sys.executable).parent / "ray")
 QUICKSTART = "raysynth/quickstart.yaml"
 # The whole road with two arms and the fewest steps; how good the answer is, is not this test's to say.
 SMALL = [
-    "sweep.only=[real,mix x10]", "sweep.seeds=[0]", "generator.steps=20", "classifier.steps=10",
-    "evaluation.bootstraps=100",
+    "sweep.only=[real,mix x1]", "evaluation.primary.arm=mix x1", "sweep.seeds=[0]", "generator.steps=20",
+    "classifier.steps=10", "evaluation.bootstraps=100",
 ]  # fmt: skip
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
