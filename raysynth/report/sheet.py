@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.experiment import Experiment
-from raysynth.core.schemas import ATTRIBUTE, attribute_names, label_names
+from raysynth.core.schemas import ATTRIBUTE, attribute_names, from_parquet, label_names
 from raysynth.core.storage import Storage
 from raysynth.data.attributes import categories
 from raysynth.data.images import decode_png
@@ -100,7 +99,7 @@ def contact_sheet(
         read: encoded pictures of some row keys.
         source: where the synthetic images are, for the caption.
     """
-    table = pq.read_table(io.BytesIO(storage.get(images.file("table.parquet"))))
+    table = from_parquet(storage.get(images.file("table.parquet")))
     train = train_split(table)
     cells = _Cells.of(train, experiment)
     real_cell, synthetic_cell = cells.names(train), cells.names(rows)

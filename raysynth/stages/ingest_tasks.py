@@ -17,7 +17,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.experiment import Data, ImageSpec
@@ -42,7 +41,7 @@ def decode_slice(batch: pa.Table, storage: Storage, data: Data) -> pa.Table:
     item = batch.to_pylist()[0]
     if storage.exists(item["file"]):
         with storage.open(item["file"]) as file:
-            return pq.read_table(file, columns=FACTS.names)
+            return from_parquet(file, FACTS.names)
     begun = item["file"] + ".begun"
     prepared = partial(_prepared, ImageReader(data), data.image)
     decoded = map(prepared, item["locations"]) if storage.create(begun, b"") else guarded(prepared, item["locations"])

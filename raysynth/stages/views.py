@@ -114,7 +114,7 @@ def _index(
             names = pq.read_schema(f).names
         kept = ["image_id", "patient_id", "site", "split", *(n for n in names if n.startswith((LABEL, ATTRIBUTE)))]
         with storage.open(part) as f:
-            table = pq.read_table(f, columns=kept)
+            table = from_parquet(f, kept)
         rows = [i for i, name in enumerate(table["image_id"].to_pylist()) if name in ids]
         if not rows:
             continue
@@ -172,7 +172,7 @@ def _decode(
 def write_chunk(row: dict[str, Any], storage: Storage) -> dict[str, Any]:
     """Decodes and resizes the wanted rows of one part file and writes them as one chunk; runs in a Ray Data task."""
     with storage.open(row["part"]) as f:
-        images = pq.read_table(f, columns=["image"])["image"]
+        images = from_parquet(f, ["image"])["image"]
     return _write(row, images.take(pa.array(row["rows"])), storage)
 
 

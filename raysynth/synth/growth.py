@@ -6,7 +6,6 @@ sources that none of its older rows has, the source column of the set's waves. K
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from raysynth.core.schemas import LABEL
+from raysynth.core.schemas import LABEL, from_parquet
 from raysynth.synth.ledger import Ledger
 from raysynth.synth.wanted import Wanted
 
@@ -108,5 +106,5 @@ def _classes(rows: pa.Table) -> Iterator[str]:
 def _sources(ledger: Ledger) -> Iterator[str]:
     for wave in ledger.waves:
         for name, _ in wave.files:
-            data = io.BytesIO(ledger.store.storage.get(ledger.store.file(name)))
-            yield from pq.read_table(data, columns=[SOURCE])[SOURCE].unique().drop_null().to_pylist()
+            data = ledger.store.storage.get(ledger.store.file(name))
+            yield from from_parquet(data, [SOURCE])[SOURCE].unique().drop_null().to_pylist()

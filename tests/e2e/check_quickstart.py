@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from PIL import Image
 
 import raysynth as raysynth_package
 from raysynth.cli import SHORT
+from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import open_storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
 
@@ -55,7 +55,7 @@ def rendered_once(root: str) -> int:
     for store in sets:
         markers = store.markers(store.done())
         assert sum(m["rows"] for m in markers.values()) == 1000, store.path
-        row = pq.read_table(io.BytesIO(store.part(markers[0]["part"]))).slice(0, 1).to_pylist()[0]
+        row = from_parquet(store.part(markers[0]["part"])).slice(0, 1).to_pylist()[0]
         assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (8, 8)
         assert row["generator_id"]
         assert row["seed"] is not None
@@ -64,16 +64,16 @@ def rendered_once(root: str) -> int:
 
 def check_answer(artifacts: dict[str, list[Path]]) -> None:
     """Eight arms, two seeds; more real images make a better classifier; both contrasts carry an interval."""
-    trials = pq.read_table(artifacts["sweep"][0] / "trials.parquet").to_pandas()
+    trials = from_parquet((artifacts["sweep"][0] / "trials.parquet").read_bytes()).to_pandas()
     assert len(trials) == 16, trials
     assert (trials["state"] == "done").all()
-    metrics = pq.read_table(artifacts["evaluate"][0] / "metrics.parquet").to_pandas()
+    metrics = from_parquet((artifacts["evaluate"][0] / "metrics.parquet").read_bytes()).to_pandas()
     whole = metrics[(metrics["finding"] == "macro") & (metrics["subgroup"] == "") & (metrics["metric"] == "accuracy")]
     accuracy = whole.groupby("arm")["value"].mean()
     assert len(accuracy) == 8
     assert accuracy["upper bound"] > accuracy["real"], accuracy
     assert accuracy.min() > 0.2, "ten classes: chance is 0.1"
-    comparisons = pq.read_table(artifacts["evaluate"][0] / "comparisons.parquet").to_pandas()
+    comparisons = from_parquet((artifacts["evaluate"][0] / "comparisons.parquet").read_bytes()).to_pandas()
     primary = comparisons[comparisons["primary"]]
     assert list(primary["arm"]) == ["mix x10"]
     assert (primary["ci_low"] < primary["difference"]).all()
@@ -104,7 +104,7 @@ def repair_corrupt_shards(root: str) -> None:
 
     def last_shard(store: SyntheticSet) -> list[str]:
         part = store.part(store.marker(max(store.done()))["part"])
-        return pq.read_table(io.BytesIO(part)).column("sha256").to_pylist()
+        return from_parquet(part).column("sha256").to_pylist()
 
     before = {path: last_shard(store) for path, store in stores.items()}
     for store in stores.values():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -20,6 +19,7 @@ from raysynth.core.config import build_experiment
 from raysynth.core.errors import DataError, GateFailed
 from raysynth.core.experiment import Data, Experiment
 from raysynth.core.identity import sha256_bytes
+from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.images import decode_png, pixel_sha256
 from raysynth.data.reading import ImageReader
@@ -87,7 +87,7 @@ def test_csv_to_image_table(any_root: str, capsys: pytest.CaptureFixture[str]) -
     assert [where[p] for p in table["patient_id"].to_pylist()] == table["split"].to_pylist()
 
     content = storage.get(artifact.file("images/part-00000.parquet"))
-    images = pq.read_table(io.BytesIO(content))
+    images = from_parquet(content)
     assert images.drop_columns(["image", "report"]).equals(table)
     for i, row in enumerate(images.to_pylist()):
         png = row["image"]["bytes"]
@@ -154,7 +154,7 @@ def test_bad_images_are_quarantined_with_their_reasons(any_root: str) -> None:
     storage.delete("pics/29.png")
     image = {**SMALL, "max_megapixels": 1}
     artifact = ingest(csv_experiment(any_root, image=image, max_quarantined_fraction=0.2), storage)
-    left_out = pq.read_table(io.BytesIO(storage.get(artifact.file("quarantine.parquet")))).to_pylist()
+    left_out = from_parquet(storage.get(artifact.file("quarantine.parquet"))).to_pylist()
     assert [(r["image_id"], r["reason"].split(":")[0]) for r in left_out] == [
         ("pics/29.png", "row without file"),
         ("pics/00.png", "zero bytes"),
@@ -260,7 +260,7 @@ def test_patient_in_two_fixed_splits(tmp_path: Path) -> None:
     artifact = ingest(
         csv_experiment(str(tmp_path), columns=columns, split={"on_conflict": "quarantine"}), storage
     )
-    left_out = pq.read_table(io.BytesIO(storage.get(artifact.file("quarantine.parquet")))).to_pylist()
+    left_out = from_parquet(storage.get(artifact.file("quarantine.parquet"))).to_pylist()
     assert [(r["image_id"], r["reason"]) for r in left_out] == [
         ("pics/01.png", "patient 'p0' is in two fixed splits, train and test")
     ]

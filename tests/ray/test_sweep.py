@@ -19,6 +19,7 @@ import pytest
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import GateFailed
+from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.views import View
 from raysynth.stages.classifier_trial import run_trial
@@ -81,7 +82,7 @@ def test_images_are_rendered_once_at_the_largest_ratio(swept: Artifact) -> None:
     keys: Counter[str] = Counter()
     for path in markers:
         marker = json.loads(swept.storage.get(path))
-        part = pq.read_table(f"{swept.storage.root}/synthetic-sets/{sets[0]}/{marker['part']}", columns=["row_key"])
+        part = from_parquet(swept.storage.get(f"synthetic-sets/{sets[0]}/{marker['part']}"), ["row_key"])
         assert part.num_rows == marker["rows"]
         keys.update(part["row_key"].to_pylist())
     assert len(keys) == 60  # 2 x 30: the ratio of the largest arm
@@ -107,7 +108,7 @@ def test_a_second_sweep_trains_only_the_arm_it_adds(swept: Artifact) -> None:
 def test_a_trial_is_told_of_no_test_image(swept: Artifact) -> None:
     experiment = small_sweep(swept.storage.root, "")
     pipeline = Pipeline(experiment)
-    table = pq.read_table(f"{swept.storage.root}/{pipeline.images.path}/table.parquet").to_pylist()
+    table = from_parquet(swept.storage.get(pipeline.images.file("table.parquet"))).to_pylist()
     tested = {r["image_id"] for r in table if r["split"] == "test"}
     assert tested
     for trial in find_trials(pipeline, experiment):
@@ -149,7 +150,7 @@ def resumed(swept: Artifact, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 def without_test_pictures(part: Path) -> int:
     """Takes the bytes of every test image out of an ingest part. Returns how many."""
-    table = pq.read_table(part)
+    table = from_parquet(part.read_bytes())
     rows = table.to_pylist()
     for row in rows:
         if row["split"] == "test":
@@ -218,8 +219,8 @@ def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(
         sweep(pipeline, experiment)
     assert killed
     table = next(f for f in storage.folders("sweep") if not storage.exists(f"sweep/{f}/_SUCCESS"))
-    states = {r["arm"]: (r["state"], r["reason"][:13]) for r in pq.read_table(
-        f"{storage.root}/sweep/{table}/trials.parquet").to_pylist()}  # fmt: skip
+    rows = from_parquet(storage.get(f"sweep/{table}/trials.parquet")).to_pylist()
+    states = {r["arm"]: (r["state"], r["reason"][:13]) for r in rows}
     assert states == {"diverges": ("failed", "classifier.lr"), "killed": ("done", "")}
     steps = [json.loads(row)["step"] for row in storage.get(victim.classifier.file("log/history.jsonl")).splitlines()]
     assert steps == sorted(set(steps))
