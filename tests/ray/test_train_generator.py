@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,18 +127,6 @@ def checkpointed(storage: Storage) -> bool:
     return any(e.path.endswith("checkpoints/training.pt") for e in storage.list("train-generator"))
 
 
-def test_ctrl_c_ends_with_words(tmp_path: Path) -> None:
-    """Ray Train would take it over, and end without any."""
-    root = str(tmp_path / "runs")
-    command = [sys.executable, "-m", "tests.ray.generator_driver", root, str(tmp_path / "cache"), "1"]
-    with open(tmp_path / "said.txt", "w") as out:
-        driver = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
-        wait_for(lambda: checkpointed(open_storage(root)) or driver.poll() is not None)
-        driver.send_signal(signal.SIGINT)
-        assert driver.wait(60) == 130, (tmp_path / "said.txt").read_text()
-    assert "the same command goes on from here" in (tmp_path / "said.txt").read_text()
-
-
 def own_train_worker() -> int | None:
     """Process id of a Train worker of this process's own Ray: its parent raylet is our child."""
     found = {}
@@ -176,27 +165,29 @@ def test_a_killed_worker_goes_on_to_the_same_weights(uninterrupted: Artifact, tm
     assert steps[-1] == 150
 
 
-def test_a_killed_driver_goes_on_to_the_same_weights_on_s3(
-    uninterrupted: Artifact, s3_root: str, tmp_path: Path
+def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_weights_on_s3(
+    uninterrupted: Artifact, s3_root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    storage = open_storage(s3_root)
-    command = [sys.executable, "-m", "tests.ray.generator_driver", s3_root, str(tmp_path / "cache")]
-    root = Path(__file__).parents[2]
-    with open(tmp_path / "first.txt", "w") as out:
-        first = subprocess.Popen([*command, "1"], cwd=root, stdout=out, stderr=out)
-        wait_for(lambda: checkpointed(storage) or first.poll() is not None)
-        first.send_signal(signal.SIGKILL)
-        first.wait(30)
-    assert first.returncode == -signal.SIGKILL, (tmp_path / "first.txt").read_text()
+    storage, cache, said = open_storage(s3_root), str(tmp_path / "cache"), tmp_path / "said.txt"
+    command = [sys.executable, "-m", "tests.ray.generator_driver", s3_root, cache, "1"]
+
+    def drive(until: Callable[[], bool], then: signal.Signals) -> int:
+        with open(said, "w") as out:
+            driver = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=out, stderr=out)
+            wait_for(lambda: until() or driver.poll() is not None)
+            driver.send_signal(then)
+            return driver.wait(60)
+
+    assert drive(lambda: checkpointed(storage), signal.SIGKILL) == -signal.SIGKILL, said.read_text()
     assert not any(e.path.endswith("_SUCCESS") for e in storage.list("train-generator"))
+    # Ray Train would take Ctrl-C over, and end without words.
+    assert drive(lambda: "continues at step" in said.read_text(), signal.SIGINT) == 130, said.read_text()
+    assert "the same command goes on from here" in said.read_text()
+    assert "90 real images (train: 0 1" in said.read_text()
     # What a Train worker had saved, the driver's own process goes on from.
-    second = subprocess.run([*command, "0"], cwd=root, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
-    experiment = small_experiment(s3_root, str(tmp_path / "cache"))
-    artifact = train_generator(experiment, storage, digit_artifact(storage))
+    artifact = train_generator(small_experiment(s3_root, cache, train_workers=0), storage, digit_artifact(storage))
+    assert "continues at step" in capsys.readouterr().out
     assert weights(artifact) == weights(uninterrupted)
-    assert "continues at step" in second.stdout
-    assert "90 real images (train: 0 1" in second.stdout
     steps = [r["step"] for r in curve(artifact)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 150
