@@ -99,3 +99,12 @@ def s3_root(s3_server: str) -> str:
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The same test on local disk and on S3."""
     return str(tmp_path / "runs") if request.param == "local" else request.getfixturevalue("s3_root")
+
+
+@pytest.fixture
+def own_kernels() -> Iterator[None]:
+    """torch's own convolutions: oneDNN's bfloat16 ones with one input channel now and then have NaN in a gradient."""
+    import torch
+
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield

@@ -194,3 +194,30 @@ def test_a_batch_of_unknown_labels_changes_nothing_but_decay() -> None:
     loss = training.update(findings(0)[0], np.full((BATCH, 3), np.nan, np.float32), PLACES)
     assert float(loss) == 0
     assert all(torch.equal(a, b) for a, b in zip(before, training.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_computes_in_half_and_keeps_float32_weights(
+    dtype: torch.dtype, tmp_path: Path, own_kernels: None
+) -> None:
+    """What a GPU is told to do at that precision, done by the CPU, which trains in float32 unless made to."""
+    half, resumed, full = (start() for _ in range(3))
+    for training in (half, resumed):
+        training.half = dtype
+        training.scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16)
+    for training in (half, resumed, full):
+        training.begin(0, 4)
+    seen: set[torch.dtype] = set()
+    half.network.head[-1].register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    for step in range(3):
+        assert float(half.update(*batch(step), PLACES)) == pytest.approx(
+            float(full.update(*batch(step), PLACES)), rel=5e-2)  # fmt: skip
+    assert seen == {dtype}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.network.parameters())
+    half.save(str(tmp_path / "state.pt"))
+    resumed.load(str(tmp_path / "state.pt"))
+    for training in (half, resumed):
+        training.update(*batch(3), PLACES)
+    assert same(half, resumed)
+    # Validation and test predictions are float32 whatever it was trained in.
+    assert half.predict(batch(0)[0]).dtype == np.float32

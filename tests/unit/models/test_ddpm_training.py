@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,3 +145,43 @@ def test_the_moving_average_is_sampled_without_dropout() -> None:
     training.update(*batch(0), np.arange(BATCH))
     assert training.unet.training
     assert not any(module.training for module in training.ema.module.modules())
+
+
+def mixed(dtype: torch.dtype, init_scale: float = 2.0**16, **keys: Any) -> DDPMTraining:
+    """A training whose arithmetic is what a GPU's is at that precision; a CPU trains in float32 unless made to."""
+    training = DDPMTraining(small(**keys), NULL, 1)
+    training.half = dtype
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, enabled=dtype is torch.float16)
+    return training
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_computes_in_half_keeps_float32_weights_and_goes_on_from_a_saved_state(
+    dtype: torch.dtype, tmp_path: Path, own_kernels: None
+) -> None:
+    training, resumed, full = mixed(dtype, lr=1e-3), mixed(dtype, lr=1e-3), DDPMTraining(small(lr=1e-3), NULL, 1)
+    seen: set[torch.dtype] = set()
+    convolution = next(m for m in training.unet.modules() if isinstance(m, torch.nn.Conv2d))
+    convolution.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    before = [p.detach().clone() for p in training.unet.parameters()]
+    for step in range(3):
+        half, whole = (float(t.update(*batch(step), np.arange(BATCH), 2)) for t in (training, full))
+        assert half == pytest.approx(whole, rel=5e-2)
+    assert seen == {dtype}
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in training.unet.parameters())
+    assert all(p.dtype == torch.float32 for p in training.ema.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, training.unet.parameters(), strict=True))
+    training.save(str(tmp_path / "state.pt"))
+    resumed.load(str(tmp_path / "state.pt"))
+    for t in (training, resumed):
+        t.update(*batch(3), np.arange(BATCH))
+    assert all(torch.equal(a, b) for a, b in zip(training.unet.parameters(), resumed.unet.parameters(), strict=True))
+
+
+def test_a_step_that_overflows_float16_is_left_out_and_the_next_scaled_less() -> None:
+    training = mixed(torch.float16, init_scale=2.0**60)
+    before = [p.detach().clone() for p in training.unet.parameters()]
+    training.update(*batch(0), np.arange(BATCH))
+    assert all(torch.equal(a, b) for a, b in zip(before, training.unet.parameters(), strict=True))
+    assert training.scaler.get_scale() == 2.0**59
+    assert training.step == 1
