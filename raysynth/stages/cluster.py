@@ -70,6 +70,7 @@ def connect(compute: Compute, experiment: str = "") -> Resources:
     if address == "local":
         # A private instance listens on loopback only; a token would be written to the home folder for nothing.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes its one node away
     import ray
     from ray.job_config import JobConfig
 

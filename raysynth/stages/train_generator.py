@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.errors import ConfigError, DataError, EnvironmentFault, RaysynthError
+from raysynth.core.errors import ConfigError, DataError, EnvironmentFault
 from raysynth.core.experiment import Compute, Experiment, Generator
 from raysynth.core.identity import content_digest
 from raysynth.core.presets import resolve_generator, resolve_image
 from raysynth.core.progress import say
-from raysynth.core.s3 import S3Storage
 from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.conditions import ConditionSpec
@@ -35,15 +31,12 @@ from raysynth.data.subsets import generator_rows
 from raysynth.stages import training_loop
 from raysynth.stages.adoption import SEEN, seen_table
 from raysynth.stages.cluster import slots
+from raysynth.stages.trainer import fit
 from raysynth.stages.training_log import TrainingLog
 from raysynth.stages.views import build_view
 
 STAGE = "train-generator"
 STAGE_VERSION = 2
-WORKER_FAILURES = 3
-"""Times that Ray Train restarts the workers from the last checkpoint."""
-START_FAILURES = 5
-"""Times that Ray Train waits (a minute each) for workers that do not start; its own default is for ever."""
 
 
 def generator_artifact(experiment: Experiment, storage: Storage, images: Artifact) -> Artifact:
@@ -182,47 +175,8 @@ def sharing_workers(batch: int, room: int) -> int:
 
 
 def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) -> None:
-    import ray.train
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
-
-    for name in ("ray.train", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    storage, filesystem = artifact.storage, None
-    place = storage.url(artifact.file("checkpoints"))
-    if isinstance(storage, S3Storage):
-        import pyarrow.fs
-
-        # Through s3fs, because pyarrow's own S3 ignores the endpoint of stores other than AWS.
-        filesystem = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
-        place = place.removeprefix("s3://")
-    trainer = TorchTrainer(
-        training_loop.train,
-        train_loop_config={"task": task, "gpu": gpu},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker=_resources(task.compute, gpu)
-        ),
-        run_config=ray.train.RunConfig(
-            # The identity is in the name: under an old name Ray would hand back another config's result.
-            name=f"run-{artifact.fp}",
-            storage_path=place,
-            storage_filesystem=filesystem,
-            failure_config=ray.train.FailureConfig(
-                max_failures=WORKER_FAILURES, controller_failure_limit=START_FAILURES
-            ),
-        ),
-    )
-    try:
-        result = _aside(trainer.fit)
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "cause", failure)
-            if isinstance(cause, RaysynthError):
-                raise cause from None
-        raise EnvironmentFault(f"{STAGE}: training processes failed ({error}). The same command continues.") from error
-    except ControllerError as error:
-        raise EnvironmentFault(f"{STAGE}: Ray Train failed ({error}). The same command continues.") from error
-    returned = result.return_value or {}
+    config = {"task": task, "gpu": gpu}
+    returned = fit(STAGE, training_loop.train, config, artifact, workers, _resources(task.compute, gpu), gpu) or {}
     if returned.get("fault"):
         raise EnvironmentFault(f"{STAGE}: {returned['fault']}")
     diverged = returned.get("diverged")
@@ -231,20 +185,6 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
             "generator.lr", task.generator.lr, f"lower: the loss was not finite at step {diverged}",
             "Try a third of it, more generator.warmup_steps, or precision: bf16 instead of fp16.",
         )  # fmt: skip
-
-
-def _aside(work: Callable[[], Any]) -> Any:
-    """Does the work in a thread of its own: in the main one Ray Train takes Ctrl-C over, and ends without words."""
-    done: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
-            done.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return done.result()
 
 
 def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table, gpus: int) -> None:

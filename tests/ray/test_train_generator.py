@@ -10,6 +10,8 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage, open_storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.images import decode_png
+from raysynth.stages import trainer
 from raysynth.stages.train_generator import train_generator
 from raysynth.stages.views import build_view, open_view
 from tests.digits import digit_artifact, digit_images
@@ -191,6 +194,20 @@ def test_a_killed_and_an_interrupted_driver_go_on_to_the_same_weights_on_s3(
     steps = [r["step"] for r in curve(artifact)]
     assert steps == sorted(set(steps))
     assert steps[-1] == 150
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_no_run_waits_for_a_dashboard_that_is_not_there(
+    uninterrupted: Artifact, monkeypatch: pytest.MonkeyPatch, dashboard: bool
+) -> None:
+    def callbacks(work: Any) -> Any:
+        return SimpleNamespace(return_value={type(c).__name__ for c in work.__self__._create_default_callbacks()})
+
+    if dashboard:
+        monkeypatch.setattr(trainer, "has_dashboard", lambda: True)
+    names = trainer.fit("stage", len, {}, uninterrupted, 1, {"CPU": 1}, False, callbacks)
+    assert "BackendSetupCallback" in names
+    assert ("PlacementGroupCleanerCallback" in names) == dashboard
 
 
 def test_two_workers_train_what_one_trains(uninterrupted: Artifact, tmp_path: Path) -> None:

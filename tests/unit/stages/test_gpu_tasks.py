@@ -168,15 +168,11 @@ def trained(monkeypatch: pytest.MonkeyPatch, world: int, error: Exception) -> di
 def test_a_generator_that_takes_too_much_memory_names_the_key_and_is_not_restarted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import ray.train.torch
-
     returned = trained(monkeypatch, 1, OUT)
     assert "CUDA out of memory. Tried to allocate 2.00 GiB." in returned["fault"]
-    monkeypatch.setattr(ray.train.torch, "TorchTrainer", lambda *_, **__: SimpleNamespace(fit=None))
-    monkeypatch.setattr(train_generator, "_aside", lambda work: SimpleNamespace(return_value=returned))
-    artifact: Any = SimpleNamespace(storage=SimpleNamespace(url=lambda path: path), file=lambda name: name, fp="0")
+    monkeypatch.setattr(train_generator, "fit", lambda *_: returned)
     with pytest.raises(EnvironmentFault, match=r"takes more memory .* Raise compute\.train_accumulation"):
-        train_generator._fit(SimpleNamespace(compute=Compute()), artifact, 1, False)  # type: ignore[arg-type]
+        train_generator._fit(SimpleNamespace(compute=Compute()), SimpleNamespace(), 1, False)  # type: ignore[arg-type]
 
 
 def test_of_several_processes_an_error_ends_those_that_wait(monkeypatch: pytest.MonkeyPatch) -> None:
