@@ -106,5 +106,7 @@ def own_kernels() -> Iterator[None]:
     """torch's own convolutions: oneDNN's bfloat16 ones with one input channel now and then have NaN in a gradient."""
     import torch
 
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    yield
+    torch.backends.mkldnn.enabled = before

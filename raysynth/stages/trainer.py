@@ -34,10 +34,9 @@ def aside(work: Callable[[], Any]) -> Any:
 
 def has_dashboard() -> bool:
     """Whether the cluster that this process is connected to has a dashboard."""
-    from ray._private.ray_constants import KV_NAMESPACE_DASHBOARD
-    from ray.experimental.internal_kv import _internal_kv_get
+    from ray._private.worker import global_worker
 
-    return bool(_internal_kv_get("webui:url", namespace=KV_NAMESPACE_DASHBOARD))
+    return bool(global_worker.gcs_client.internal_kv_get(b"webui:url", b"dashboard"))
 
 
 def fit(
