@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-RENDER_VERSION = 1
+RENDER_VERSION = 2
 """Bumped when the same weights, rows and settings would give other pixels; part of a synthetic set's identity."""
 
 

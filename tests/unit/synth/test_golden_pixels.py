@@ -16,7 +16,7 @@ from raysynth.synth.renderer import RENDER_VERSION, Row, noise_seed
 from tests.generators import FACTS, SPEC, small
 
 GOLDEN: dict[int, dict[str, list[float]]] = {
-    1: {
+    2: {
         "ddim": [0.0761, 0.1318, 0.0375, 0.7467, 0.7133, 0.7102],
         "dpm++": [0.0846, 0.1406, 0.0409, 0.7766, 0.7392, 0.7405],
         "ddpm": [0.0826, -0.1298, 0.2261, 0.6125, 0.6319, 0.5727],
