@@ -276,6 +276,12 @@ def _check_compute(e: Experiment) -> None:
         not c.compile or c.micro_batch is not None, "compute.compile", True, "false while compute.micro_batch is null",
         "Every size that is tried would be compiled anew: type compute.micro_batch.",
     )  # fmt: skip
+    require(c.cpus_per_renderer >= 0, "compute.cpus_per_renderer", c.cpus_per_renderer, ">= 0")
+    gpus = c.gpus_per_renderer
+    require(
+        0 <= gpus <= 1 or (gpus > 1 and gpus.is_integer()), "compute.gpus_per_renderer", gpus,
+        "a share in [0, 1] or a whole number", "Ray gives a process a part of one GPU, or whole ones.",
+    )  # fmt: skip
     require(c.shard_seconds > 0, "compute.shard_seconds", c.shard_seconds, "> 0")
     lost = c.max_failed_fraction
     require(0 <= lost <= 1, "compute.max_failed_fraction", lost, "in [0, 1]")

@@ -28,7 +28,7 @@ from raysynth.stages.external import by_location, listing_data, reading, set_ide
 from raysynth.stages.generated import put_rows
 from raysynth.stages.live import Rendering, RenderView, gpus_of_worker
 from raysynth.stages.plan import wanted_rows
-from raysynth.stages.render import RenderJob, run_rounds, settle_first, worker_shape
+from raysynth.stages.render import RenderJob, require_room, run_rounds, settle_first, worker_shape
 from raysynth.stages.telemetry import RenderMetrics
 from raysynth.synth.growth import growth, unwanted
 from raysynth.synth.importing import ImportRenderer
@@ -170,6 +170,7 @@ def render(
     Args:
         ledger: an earlier reading of the set, to save time.
     """
+    require_room(compute, resources)
     job = RenderJob(store, factory, compute.micro_batch, compute.accept_render_change)
     store.announce()
     with Lease(store.storage, store.file("lock.json")) as lease:

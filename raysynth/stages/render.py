@@ -21,7 +21,7 @@ from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
 from raysynth.core.faults import is_storage_fault, storage_words
 from raysynth.core.progress import say
-from raysynth.stages.cluster import Resources, gpu_times, quiet_data_context, times
+from raysynth.stages.cluster import Resources, gpu_times, quiet_data_context, slots, times
 from raysynth.stages.live import RenderView
 from raysynth.stages.render_actor import SUMMED, RenderActor, RenderJob
 from raysynth.synth.sets import FOLD_PAST, SyntheticSet, Wave
@@ -34,6 +34,7 @@ CALLS_PER_ACTOR = 3  # one shard renders, one is loaded and waits, one encodes a
 GROWING = 2  # times as many tasks wait at each actor of a pool that may grow; Ray Data adds actors above 1.75
 ROUND_SHARDS = 20_000  # Ray Data's driver holds about 10 KB a block
 DRAIN_S = 60.0  # a stopping driver waits so long for the last micro-batches
+PATIENCE_S = 60.0  # without a first renderer, before words about it
 
 
 def worker_shape(compute: Compute, resources: Resources) -> tuple[int, float, float]:
@@ -47,6 +48,31 @@ def where(compute: Compute) -> dict[str, Any]:
     """Which nodes render workers may run on, as Ray's own arguments."""
     found: dict[str, Any] = {"label_selector": dict(compute.render_labels)} if compute.render_labels else {}
     return found | ({"accelerator_type": compute.accelerator} if compute.accelerator else {})
+
+
+def _asked_for(compute: Compute) -> str:
+    return "".join(f", {key}={value}" for key, value in where(compute).items())
+
+
+def require_room(compute: Compute, resources: Resources) -> None:
+    """Refuses a renderer that fits no node, or Ray would wait for ever; a pool that may grow waits for its nodes.
+
+    Raises:
+        EnvironmentFault: no node has that many CPUs or GPUs.
+    """
+    import ray
+
+    _, cpus, gpus = worker_shape(compute, resources)
+    one = {kind: n for kind, n in (("CPU", cpus), ("GPU", gpus)) if n}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not one or compute.max_render_workers or slots(nodes, one):
+        return
+    have = sorted({" and ".join(f"{node.get(kind, 0):g} {kind}" for kind in one) for node in nodes})
+    raise EnvironmentFault(
+        f"compute.cpus_per_renderer, gpus_per_renderer: got {' and '.join(f'{n:g} {kind}' for kind, n in one.items())} "
+        f"for one renderer, must be at most what a node has ({'; '.join(have)}). Lower it, or add a larger node; where "
+        "nodes come later, set compute.max_render_workers."
+    )
 
 
 def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Settled:
@@ -67,7 +93,11 @@ def settle_first(job: RenderJob, compute: Compute, resources: Resources) -> Sett
 
     found: Settled | str = ""
     for _ in range(MAX_IDLE_ROUNDS):
-        found = ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2, **where(compute))(measure).remote())
+        answer = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2, **where(compute))(measure).remote()
+        if not ray.wait([answer], timeout=PATIENCE_S)[0]:
+            say(f"generate: no answer after {PATIENCE_S:g}s: the renderer is slow to start, or no node with {cpus:g} "
+                f"CPUs and {gpus:g} GPUs is free{_asked_for(compute)}; `ray status` tells. Still waiting")  # fmt: skip
+        found = ray.get(answer)
         if isinstance(found, Settled):
             return found
     raise EnvironmentFault(

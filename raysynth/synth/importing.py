@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import PIL
 
 from raysynth.core.experiment import Data
 from raysynth.core.presets import resolve_image
@@ -34,7 +33,7 @@ class ImportRenderer:
 
     def facts(self) -> dict[str, Any]:
         """What decides bytes besides the files."""
-        return {"renderer": "import", "device": "cpu", "pillow": PIL.__version__}
+        return {"renderer": "import", "device": "cpu"}
 
     def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
         """Reads one micro-batch; a row without a location (the engine's canary) gives a ramp.

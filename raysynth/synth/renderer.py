@@ -2,7 +2,7 @@
 
 A renderer turns a micro-batch of rows into images. It knows nothing of shards, storage or other micro-batches. The
 engine holds it to two promises: a row's result does not depend on the other rows of the micro-batch, and the same
-micro-batch gives the same bytes wherever `facts()` are the same.
+micro-batch gives the same pixels wherever `facts()` are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
+import pyarrow as pa
 
 RENDER_VERSION = 2
 """Bumped when the same weights, rows and settings would give other pixels; part of a synthetic set's identity."""
@@ -45,7 +47,7 @@ class Renderer(Protocol):
     """
 
     def facts(self) -> dict[str, Any]:
-        """What decides bytes besides the set's identity: device, threads, precision, flags, library versions."""
+        """What decides pixels besides the set's identity: device, threads, precision, flags, library versions."""
 
     def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
         """Renders one micro-batch of constant shape.
@@ -57,6 +59,12 @@ class Renderer(Protocol):
         Returns:
             images: (micro_batch, C, H, W) float32 in [-1, 1]; not finite where rendering went wrong.
         """
+
+
+def facts_of(renderer: Renderer) -> dict[str, Any]:
+    """What decides a part's bytes besides the set's identity: the renderer's facts, and what encodes pictures and
+    tables."""
+    return {**renderer.facts(), "pillow": PIL.__version__, "pyarrow": pa.__version__}
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:

@@ -14,7 +14,15 @@ from functools import partial
 from typing import Any
 
 from raysynth.core.errors import EnvironmentFault
-from raysynth.synth.renderer import CANARY, Renderer, SickWorker, canary_fault, is_out_of_memory, release_memory
+from raysynth.synth.renderer import (
+    CANARY,
+    Renderer,
+    SickWorker,
+    canary_fault,
+    facts_of,
+    is_out_of_memory,
+    release_memory,
+)
 from raysynth.synth.sets import SyntheticSet
 
 MEASURE_SECONDS = 20.0
@@ -52,7 +60,7 @@ def settle(store: SyntheticSet, renderer: Renderer, micro_batch: int | None, acc
         EnvironmentFault: this renderer's facts differ from render.json and `accept_change` is false.
         SickWorker: the renderer fails its canary while it is measured.
     """
-    facts = renderer.facts()
+    facts = facts_of(renderer)
     settled = read_settled(store)
     if settled is None:
         size, rate = _measure(renderer, micro_batch, LARGEST_ON_CUDA if facts.get("cuda") else LARGEST)

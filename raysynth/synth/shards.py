@@ -32,7 +32,7 @@ from raysynth.core.schemas import (
 from raysynth.data.images import encode_png, pixel_sha256
 from raysynth.synth.attempts import STOPPED, Attempt, History
 from raysynth.synth.batches import BatchRenderer, OutOfMemory, Rendered
-from raysynth.synth.renderer import Renderer, Row, SickWorker, noise_seed
+from raysynth.synth.renderer import Renderer, Row, SickWorker, facts_of, noise_seed
 from raysynth.synth.sets import SyntheticSet, Wave, is_content
 
 MODES_FROM_PIXELS = ("img2img", "inpaint", "outpaint")
@@ -81,7 +81,7 @@ class ShardRunner:
         self.stopping = threading.Event()
         self.batches = BatchRenderer(renderer, micro_batch, self.stopping)
         self.constants = {name: store.identity[name] for name in IDENTITY_COLUMNS}
-        self.facts = fp12(renderer.facts())
+        self.facts = fp12(facts_of(renderer))
         self.actor = uuid.uuid4().hex[:12]
         self.worker = f"{socket.gethostname()}/{os.getpid()}"
         self.device = threading.Lock()

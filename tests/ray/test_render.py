@@ -17,6 +17,7 @@ from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Compute
 from raysynth.stages.cluster import Resources
 from raysynth.stages.generate import render
+from raysynth.stages.render import require_room
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.ledger import rows_of
 from raysynth.synth.settle import read_settled
@@ -64,11 +65,14 @@ def test_a_pool_gives_the_images_of_one_process(ray_session: None, any_root: str
 
 
 def test_render_json_is_measured_once_then_obeyed_or_refused(
-    ray_session: None, tmp_path: Path, reference: dict
-) -> None:
+    ray_session: None, tmp_path: Path, reference: dict, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("raysynth.stages.render.PATIENCE_S", 0.0)
     store = synthetic_set(str(tmp_path))
     factory = partial(FakeRenderer, seconds_a_row=0.002, largest=16)
     render(store, WANTED, factory, Compute(render_workers=1), CLUSTER)
+    assert "no node with 1 CPUs and 0 GPUs is free; `ray status` tells" in "".join(capsys.readouterr())
     settled = read_settled(store)
     assert settled is not None
     assert 1 <= settled.micro_batch <= 16
@@ -221,3 +225,11 @@ def test_no_deadlock_on_two_cpus_whatever_the_pool_asks_for(tmp_path: Path, refe
     out, _ = driver.communicate(timeout=150)
     assert "done" in out, out
     assert images(synthetic_set(root)) == of(reference, KEYS)
+
+
+@pytest.mark.parametrize("typed", [{}, {"micro_batch": 4, "shard_rows": 8}])
+def test_a_renderer_that_fits_no_node_is_refused(ray_session: None, tmp_path: Path, typed: dict) -> None:
+    store = synthetic_set(str(tmp_path))
+    with pytest.raises(EnvironmentFault, match=r"cpus_per_renderer.*got 99 CPU for one renderer.*a node has \(4 CPU\)"):
+        render(store, WANTED, FakeRenderer, Compute(cpus_per_renderer=99, **typed), CLUSTER)
+    require_room(Compute(cpus_per_renderer=99, max_render_workers=2), CLUSTER)  # a larger node may come

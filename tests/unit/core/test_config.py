@@ -115,6 +115,8 @@ def test_contradictions(content: dict[str, Any], text: str) -> None:
         ("generator", "seed", 2**63), ("training_set", "seed", -1), ("plan", "seed", -1),
         ("plan", "targets.label=a", math.inf), ("data.split", "seed", -1), ("sampling", "eta", math.nan),
         ("compute", "shard_seconds", math.inf), ("compute", "price_per_gpu_hour", math.nan),
+        ("compute", "cpus_per_renderer", -1.0), ("compute", "gpus_per_renderer", -1.0),
+        ("compute", "gpus_per_renderer", 1.5),
     ],
 )  # fmt: skip
 def test_values_that_train_nothing_or_end_in_a_traceback(section: str, key: str, value: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Sampling
 from raysynth.synth import settle as module
 from raysynth.synth.ddpm import BRIEF_STEPS, DDPMRenderer
@@ -84,6 +85,18 @@ def test_many_steps_do_not_end_the_search_early(clock: Clock, tmp_path: Path) ->
 def test_a_gpu_is_tried_with_more(clock: Clock, tmp_path: Path) -> None:
     on_gpu = Brief(clock, 25, facts_={"cuda": "13.2"})
     assert settle(synthetic_set(str(tmp_path)), on_gpu, None).micro_batch == 1024
+
+
+@pytest.mark.parametrize("library", ["PIL", "pyarrow"])
+def test_a_set_is_not_gone_on_with_under_another_encoder(
+    library: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = synthetic_set(str(tmp_path))
+    settled = settle(store, Timed(clock, 25), 4)
+    assert settle(store, Timed(clock, 25), 4) == settled
+    monkeypatch.setattr(f"{library}.__version__", "0.1")
+    with pytest.raises(EnvironmentFault, match=r"(pillow|pyarrow): '.+' there, '0\.1' here"):
+        settle(store, Timed(clock, 25), 4)
 
 
 def test_a_size_that_does_not_fit_ends_the_search_and_its_memory_is_given_back(clock: Clock, tmp_path: Path) -> None:
