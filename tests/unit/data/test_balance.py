@@ -168,10 +168,15 @@ def test_a_million_balanced_rows() -> None:
     assert abs(shares[1000:] - counts[150] / sum(counts)).max() < 1e-3
 
 
-def test_many_rows() -> None:
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["replicate", "balanced"])
+def test_a_million_rows_in_seconds(kind: str) -> None:
     table = image_table(rows=20_000, classes=10)
-    plan = build_plan(table, experiment(replicas=16))
-    assert plan.num_rows > 150_000
+    e = experiment(replicas=100) if kind == "replicate" else balanced(1_000_000, ["label", "sex"], {})
+    plan = build_plan(table, e)
+    assert plan.num_rows >= 1_000_000
+    assert pc.count_distinct(plan["row_key"]).as_py() == plan.num_rows
+    assert np.array_equal(np.sort(plan["rank"].to_numpy()), np.arange(plan.num_rows))
 
 
 def test_balanced_shares_keys_with_replicate_and_goes_round_its_sources() -> None:
