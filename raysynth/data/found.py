@@ -35,6 +35,8 @@ class Found:
     bad: dict[int, str] = field(default_factory=dict)
     extra: list[tuple[str, str, str]] = field(default_factory=list)
     """(id, uri, reason) of files that are no row."""
+    notes: list[str] = field(default_factory=list)
+    """What a person should know, one sentence each."""
 
 
 def listed(storage: Storage, folder: str, key: str, named: Collection[str] = ()) -> list[Entry]:

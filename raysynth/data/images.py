@@ -77,7 +77,8 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
 
     Grey images keep their stored values whatever profile they carry: a film's values are measurements. Colour images
     are converted to sRGB where a profile is embedded; transparency is laid over black. Pillow reads 16-bit grey in
-    full and 16-bit colour by its high byte.
+    full and 16-bit colour as 8 bits, and brings a PGM or PPM of any other largest value to 8 or 16 whole bits: there,
+    stored values are those.
 
     Raises:
         BadImage: the bytes cannot be used, with the reason in words.
@@ -96,7 +97,10 @@ def decode(data: bytes, spec: ImageSpec) -> Decoded:
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format != "MPO":
             raise BadImage(f"{frames} frames in one file")
-        values = _values(ImageOps.exif_transpose(image), spec.channels == "rgb")
+        # Pillow reads a 16-bit PGM, which has no EXIF, into 32 bits.
+        wide = image.format == "PPM" and image.mode == "I"
+        shown = image.convert("I;16") if wide else ImageOps.exif_transpose(image)
+        values = _values(shown, spec.channels == "rgb")
     except (BadImage, MemoryError):
         raise
     except Image.DecompressionBombError as error:

@@ -9,7 +9,8 @@ import difflib
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -102,10 +103,11 @@ def _class_names(schema: pa.Schema, name: str) -> list[str]:
 def damage(error: BaseException) -> str | None:
     """What is wrong with a parquet file's content, in words; None where the store or the system is at fault.
 
-    Arrow raises a plain OSError without a number for a damaged page; those of the system and of s3fs carry one.
+    Arrow raises a plain OSError without a number for a damaged page or footer; those of the system and of s3fs carry
+    one.
     """
     if isinstance(error, ValueError | pa.ArrowNotImplementedError) or (type(error) is OSError and error.errno is None):
-        return "damaged: " + (str(error).splitlines() or [""])[0]
+        return "damaged: " + (str(error).splitlines() or [""])[0].rstrip(".")
     return None
 
 
@@ -128,14 +130,21 @@ def parquet_files(path: str) -> tuple[Storage, list[Entry]]:
     return storage, found
 
 
+@contextmanager
+def _whole(storage: Storage, name: str) -> Iterator[None]:
+    """Turns what reading a damaged parquet file raises into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        if why := damage(error):
+            raise DataError("data.path", storage.url(name), "a whole parquet file", f"It is {why}.") from error
+        raise
+
+
 def open_parquet(storage: Storage, name: str) -> pq.ParquetFile:
     """A parquet file opened for reading. Raises DataError where it is none."""
-    try:
+    with _whole(storage, name):
         return pq.ParquetFile(storage.open(name))
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            "data.path", storage.url(name), "a whole parquet file", str(error).splitlines()[0] + "."
-        ) from error
 
 
 def read_parquet(
@@ -157,11 +166,7 @@ def read_parquet(
         kind = file.schema_arrow.field(image).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             wanted.append(image)
-        try:
+        with _whole(storage, name):
             tables.append(file.read(columns=wanted))
-        except Exception as error:
-            if why := damage(error):
-                raise DataError("data.path", storage.url(name), "a whole parquet file", f"It is {why}.") from error
-            raise
         locations += [f"{name}#{i}" for i in range(file.metadata.num_rows)]
     return pa.concat_tables(tables, promote_options="permissive"), locations

@@ -88,7 +88,8 @@ def _listing(data: Data, dataset: str, found: Found, bad: dict[int, str], every_
     cells = dict(found.attributes)
     if found.site is not None:
         cells.setdefault("site", found.site)  # so that a generator can be conditioned on it
-    attributes, notes = attribute_columns(cells, data.age_bins)
+    attributes, of_attributes = attribute_columns(cells, data.age_bins)
+    notes = found.notes + of_attributes
     empty: Cells = [None] * n
     patients = [known(p) for p in found.patient or empty]
     lone = sum(p is None for p in patients)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 
 import pyarrow as pa
 
 from raysynth.core.experiment import Data
 from raysynth.core.identity import sha256_bytes
-from raysynth.core.storage import Entry
+from raysynth.core.storage import Entry, Storage
 from raysynth.data.found import LEAVES, NO_FILE, NO_ROW, Found, digest, is_image, listed
 from raysynth.data.labels import parse_findings, parse_names
 from raysynth.data.metadata import (
@@ -85,10 +86,9 @@ def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
     storage = image_storage(data)
     relative = [inside(storage, p.strip()) if p and p.strip() else "" for p in paths]
     named = {p for p in relative if p}
-    tops = {p.split("/")[0] if "/" in p else "" for p in named}
-    # Only the folders that rows point into: artifacts may well lie beside the data.
-    tops = {""} if "" in tops else tops
-    entries = [e for top in sorted(tops) for e in listed(storage, top, "data.images", named)]
+    # Only the top folders that rows point into: artifacts may well lie beside the data.
+    tops = {_top(p) for p in named}
+    entries = [e for top in ([""] if "" in tops else sorted(tops)) for e in listed(storage, top, "data.images", named)]
     there = {e.path for e in entries}
     for row, path in enumerate(relative):
         if path == "":
@@ -99,7 +99,24 @@ def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
             found.bad.setdefault(row, NO_FILE)
         else:
             found.locations[row] = found.uris[row] = path
-    folders = {p.rpartition("/")[0] for p in named}
-    stray = [e.path for e in entries if e.path not in named and is_image(e.path)]
-    found.extra += [(p, p, NO_ROW) for p in stray if p.rpartition("/")[0] in folders]
+    stray = [e.path for e in entries if e.path not in named and is_image(e.path) and _top(e.path) in tops]
+    found.extra += [(p, p, NO_ROW) for p in stray]
+    found.notes += _folders_beside(storage, tops - {""})
     return [e for e in entries if e.path in named]
+
+
+def _top(path: str) -> str:
+    """The first folder of a relative path, or nothing for a file in the root itself."""
+    return path.partition("/")[0] if "/" in path else ""
+
+
+def _folders_beside(storage: Storage, tops: set[str]) -> list[str]:
+    """A note on the folders beside those that rows name: a patient the table forgot looks like any other folder."""
+    beside: list[str] = []
+    if len(tops) > 1:  # one folder holds all images, and what lies beside it is none of them
+        with suppress(PermissionError):  # its folders can be read, and that is enough
+            beside = [f for f in storage.folders() if f not in tops and not f.startswith(".")]
+    if not beside:
+        return []
+    shown = ", ".join(beside[:3]) + (", ..." if len(beside) > 3 else "")
+    return [f"rows name files in {len(tops):,} folders; {len(beside):,} beside them were not looked into: {shown}"]

@@ -46,7 +46,7 @@ from raysynth.data.strata import seeded_order, stratified_order
 from raysynth.synth.wanted import Wanted
 
 STAGE = "train-generator"
-STAGE_VERSION, IMPORT_VERSION = 2, 1
+STAGE_VERSION, IMPORT_VERSION = 3, 2
 """Of how rows are judged and their cells read; of how images become pixels, and so of the set."""
 MODE = "external"
 EXTRA = ("source", "patient", "prompt", "seed", "guidance")
@@ -121,7 +121,8 @@ def take_listing(e: Experiment, storage: Storage, images: Artifact) -> Artifact:
         say(f"{STAGE}: nothing to train; {artifact.path} lists the images of {e.generator.path}")
         return artifact
     rows, quarantine = _judged(e, storage, images, listing)
-    artifact.put("quarantine.parquet", to_parquet(quarantine.table()))
+    # No output: a file more that no row names must not be another listing.
+    storage.put(artifact.file("quarantine.parquet"), to_parquet(quarantine.table()))
     quarantine.check(e.data.max_quarantined_fraction, storage, artifact.file("quarantine.csv"))
     if not rows.num_rows:
         raise DataError("generator.path", e.generator.path, "a listing with at least one usable row")

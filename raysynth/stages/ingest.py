@@ -41,7 +41,7 @@ from raysynth.data.splits import SPLITS, assign_splits, require_every_split
 from raysynth.stages import cluster
 from raysynth.stages.ingest_tasks import FACTS, decode_slice, write_part
 
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 UNHASHED = ("path", "images", "licence", "max_quarantined_fraction")
 """Keys of `data` that change no pixel and no annotation: what the source holds enters by the listing's digest."""

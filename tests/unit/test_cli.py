@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,17 @@ def test_errors_have_words_and_codes(tmp_path: Path, words: list[str], code: int
     assert done.returncode == code, output
     assert "Traceback" not in output
     assert re.search(text, output), output
+
+
+def test_help_answers_at_once() -> None:
+    took = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = raysynth("--help")
+        took.append(time.monotonic() - start)
+        assert done.returncode == 0
+        assert "quickstart" in done.stdout
+    assert min(took) < 5, took  # a second, on a machine at rest
 
 
 def test_dry_run_and_status_before_anything_exists(tmp_path: Path) -> None:

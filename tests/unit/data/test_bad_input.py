@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from raysynth.core.errors import DataError
+from raysynth.core.storage import open_storage
 from raysynth.data.images import BadImage
+from raysynth.data.quarantine import Quarantine
 from raysynth.data.reading import ImageReader
 from raysynth.data.sources import list_source
 from tests.unit.data.test_sources import data_of, four, picture, reasons, write_csv
@@ -79,6 +81,36 @@ def test_file_without_row_is_listed_but_no_row(any_root: str) -> None:
     listing = list_source(data_of(any_root), "x")
     assert reasons(listing) == {"pics/extra.png": "file without row"}
     assert listing.n_rows == 4
+
+
+@pytest.mark.parametrize("root_too", [False, True])
+def test_file_without_row_is_listed_in_any_folder_below_those_that_rows_name(any_root: str, root_too: bool) -> None:
+    storage = open_storage(any_root)
+    strays = ["images/4.png", "images/a/2.png", "images/b/3.png", *(["6.png"] if root_too else [])]
+    for path in ("images/a/1.png", "5.png", "runs/sheet.png", *strays):
+        storage.put(path, picture(5))
+    write_csv(storage, ["images/a/1.png,a", *(["5.png,a"] if root_too else [])])
+    listing = list_source(data_of(any_root), "x")
+    assert reasons(listing) == dict.fromkeys(strays, "file without row")
+    assert (listing.n_rows, listing.notes) == (1 + root_too, [])
+    quarantine = Quarantine(listing)
+    assert (quarantine.fraction, quarantine.kinds()) == (0, {"file without row": len(strays)})
+
+
+def test_folders_beside_those_that_rows_name_are_told(any_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(any_root)
+    for name in ("p1", "p2", "p3", ".cache"):
+        storage.put(f"{name}/1.png", picture(5))
+    write_csv(storage, ["p1/1.png,a", "p2/1.png,b"])
+    listing = list_source(data_of(any_root), "x")
+    assert listing.notes == ["rows name files in 2 folders; 1 beside them were not looked into: p3"]
+    assert listing.quarantined.num_rows == 0
+
+    def refuse(*_: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(storage), "folders", refuse)
+    assert list_source(data_of(any_root), "x").notes == []
 
 
 def test_hidden_files_that_rows_name_are_read(any_root: str) -> None:

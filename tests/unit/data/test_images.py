@@ -135,7 +135,7 @@ def test_transparency_is_laid_over_black(photo: np.ndarray) -> None:
 
 def test_sixteen_bits_are_scaled_and_the_scale_is_recorded(photo: np.ndarray) -> None:
     values = photo[..., 0].astype(np.uint16) * 16 + 100
-    for kind in ("PNG", "TIFF"):
+    for kind in ("PNG", "TIFF", "PPM"):
         data = saved(Image.fromarray(values), kind)
         full = decode(data, GREY)
         assert (full.value_lo, full.value_hi) == (0, 65535)
@@ -145,6 +145,17 @@ def test_sixteen_bits_are_scaled_and_the_scale_is_recorded(photo: np.ndarray) ->
         assert (spread.value_lo, spread.value_hi) == (lo, hi)
         expected = np.round(np.clip((values - lo) / (hi - lo), 0, 1) * 255)
         assert np.array_equal(spread.array[..., 0], expected.astype(np.uint8))
+
+
+@pytest.mark.parametrize("highest", [256, 4095, 65535])
+def test_a_pgm_says_its_largest_value(photo: np.ndarray, highest: int) -> None:
+    values = (photo[..., 0].astype(np.uint32) * highest // 510).astype(">u2")
+    header = b"P5 160 120 %d\n" % highest
+    got = decode(header + values.tobytes(), GREY)
+    assert (got.value_lo, got.value_hi) == (0, 65535)
+    assert got.highest == round(int(values.max()) / highest * 65535)
+    assert np.abs(got.array[..., 0] - values / highest * 255).max() < 0.51
+    assert reason(header + values.tobytes()[:9000], GREY).startswith(("truncated", "undecodable"))
 
 
 def test_float_images_take_their_own_range(photo: np.ndarray) -> None:

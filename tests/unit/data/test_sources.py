@@ -176,9 +176,16 @@ def test_parquet_of_bytes_and_of_paths(tmp_path: Path) -> None:
     assert reasons(listing)["../x.png"] == "path leaves the image folder"
 
 
-def test_file_that_is_no_parquet(tmp_path: Path) -> None:
-    open_storage(str(tmp_path)).put("a.parquet", b"PAR1 but not really")
-    with pytest.raises(DataError, match=r"data\.path: got .*a whole parquet file"):
+def with_damaged_footer() -> bytes:
+    content = parquet(pa.table({"file": ["pics/0.png"], "dx": ["a"]}))
+    length = int.from_bytes(content[-8:-4], "little")
+    return content[: -8 - length] + b"\xff" * length + content[-8:]
+
+
+@pytest.mark.parametrize("content", [b"PAR1 but not really", with_damaged_footer()], ids=["other", "footer"])
+def test_file_that_is_no_parquet(tmp_path: Path, content: bytes) -> None:
+    open_storage(str(tmp_path)).put("a.parquet", content)
+    with pytest.raises(DataError, match=r"data\.path: got .*a whole parquet file. It is damaged: "):
         list_source(data_of(str(tmp_path), "parquet"), "x")
 
 

@@ -169,6 +169,19 @@ def test_rows_that_name_no_image_or_class_are_left_out_and_listed(tmp_path: Path
     assert reasons["pics/02.png"] == "seed 'many' is no number"
 
 
+def test_a_file_that_no_row_names_is_listed_and_makes_no_other_listing(tmp_path: Path) -> None:
+    e = experiment(str(tmp_path), as_csv(str(tmp_path)))
+    found = []
+    for name in ("before", "after"):
+        storage = open_storage(str(tmp_path / name))
+        listed = take_listing(e, storage, digit_artifact(storage))
+        found.append((listed.path, listed.digest()))
+        open_storage(str(tmp_path)).put("pics/more/stray.png", b"no row names this")
+        external._list_once.cache_clear()
+    assert listed.run_info()["counts"]["quarantined"] == {"file without row": 1}
+    assert found[0] == found[1]
+
+
 def test_seeds_and_guidance_that_cannot_be_stored_are_left_out_and_listed(tmp_path: Path) -> None:
     rows = listing()
     fine = ["12.0", str(2**63 - 1), str(-(2**63)), "2.5e3", ""]
