@@ -11,8 +11,9 @@ Knows nothing of artifacts or images. Paths are relative to the root and use `/`
 from __future__ import annotations
 
 import os
+import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from typing import IO
 
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.faults import storage_words
+
+STAGED = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names of files that `LocalStorage` has not finished."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,10 @@ class Storage:
 
     def _walk(self, folder: str) -> Iterator[Entry]:
         raise FileNotFoundError(folder)
+
+    def staged(self) -> Sequence[Entry]:
+        """What writers have not finished, now or ever, sorted by path; `list` hides it. On S3 it is not an object."""
+        return []
 
     def folders(self, folder: str = "") -> Sequence[str]:
         """Names of the folders directly below `folder`, sorted."""
@@ -166,10 +174,16 @@ class LocalStorage(Storage):
         return os.stat(self._full(path)).st_size
 
     def _walk(self, folder: str) -> Iterator[Entry]:
+        return self._files(folder, lambda name: not (name.startswith(".") and name.endswith(".tmp")))
+
+    def staged(self) -> Sequence[Entry]:
+        return sorted(self._files("", STAGED.fullmatch), key=lambda e: e.path)
+
+    def _files(self, folder: str, shown: Callable[[str], object]) -> Iterator[Entry]:
         top = self._full(folder)
         for here, _, names in os.walk(top, onerror=self._unreadable):
             for name in names:
-                if name.startswith(".") and name.endswith(".tmp"):
+                if not shown(name):
                     continue
                 full = os.path.join(here, name)
                 try:

@@ -24,6 +24,7 @@ from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.identity import plain
 from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet
+from raysynth.report.costs import behind, cost, provenance
 from raysynth.report.data import ReportData
 from raysynth.report.downloads import write_tables
 from raysynth.report.page import render_page
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from raysynth.stages.train_classifier import Trial
 
 STAGE = "report"
-STAGE_VERSION = 3
+STAGE_VERSION = 4
 
 
 def write_report(pipeline: Pipeline) -> Artifact:
@@ -65,7 +66,7 @@ def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifac
     facts = [t.facts for t in trials]
     metrics, p = _table(evaluated, "metrics.parquet"), e.evaluation.primary
     rendered = pipeline.rendered
-    made = [(words, a) for words, a in _made(pipeline, trials)]
+    made = behind(pipeline, evaluated, fidelities)
     return ReportData(
         name=e.name,
         created=datetime.now(UTC).date().isoformat(),
@@ -76,9 +77,9 @@ def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifac
         curves=_curves(trials),
         reliability=_reliability(pipeline, trials),
         fidelity=_fidelity(fidelities, rendered),
-        cost=_cost(made, e.compute.price_per_gpu_hour),
+        cost=cost(made, e.compute.price_per_gpu_hour),
         arms=_arms(pipeline, trials, facts),
-        provenance=_provenance([*made, ("evaluate", evaluated), *(("fidelity", a) for a in fidelities)]),
+        provenance=provenance(made),
         notes=_notes(pipeline, metrics, facts),
         sheets=[(_sheet_words(q), q.storage.get(write_contact_sheet(q))) for q in rendered.values()],
         primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
@@ -135,8 +136,8 @@ def _predicted(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[Trial,
 
     e = pipeline.experiment
     sets = open_test_sets(e, pipeline.storage, pipeline.images)
-    wanted = e.evaluation.primary.test_set
-    return [(t, load_predictions(t, sets)[wanted], thresholds_of(t, e.evaluation)) for t in trials]
+    primary = next(t for t in sets if t.name == e.evaluation.primary.test_set)
+    return [(t, load_predictions(t, primary), thresholds_of(t, e.evaluation)) for t in trials]
 
 
 def _reliability(pipeline: Pipeline, trials: Sequence[Trial]) -> pd.DataFrame:
@@ -181,63 +182,6 @@ def _sheet_words(p: Pipeline) -> str:
     on = f" ({g.train_on.replace('_', ' ')})" if not g.path else ""
     return (f"{g.kind} trained on {n} real images{on}, {steps} steps; "
             f"{s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}")  # fmt: skip
-
-
-def _made(pipeline: Pipeline, trials: Sequence[Trial]) -> list[tuple[str, Artifact]]:
-    """Every artifact behind the trials, in order of making, each once; a classifier's stage is its arm."""
-    found = {pipeline.images.path: ("ingest", pipeline.images)}
-    for _, p in pipeline.arm_pipelines:
-        if not p.experiment.training_set.needs_synthetic:
-            continue
-        for stage, artifact in (("train-generator", p.generator), ("plan", p.plan), ("generate", p.generated)):
-            if artifact.complete:
-                found.setdefault(artifact.path, (stage, artifact))
-    for t in trials:
-        found.setdefault(t.classifier.path, (f"train-classifier: {t.arm}", t.classifier))
-    return list(found.values())
-
-
-def _cost(made: Sequence[tuple[str, Artifact]], price: float | None) -> pd.DataFrame:
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for stage, arm, run in _paid(made):
-        counts = run["counts"]
-        seconds = run.get("train_seconds") or run.get("render_seconds") or run["seconds"]
-        images = {"ingest": counts.get("images"), "generate": counts.get("ok")}.get(stage)
-        empty = {"stage": stage, "arm": arm, "seconds": 0.0, "images": 0, "gpu_seconds": 0.0}
-        row = rows.setdefault((stage, arm), empty)
-        row["seconds"] += seconds
-        row["images"] += images or 0
-        row["gpu_seconds"] += run["gpu_seconds"] or 0.0
-    for row in rows.values():
-        row["images_per_s"] = row["images"] / row["seconds"] if row["images"] and row["seconds"] else None
-        row["images"] = row["images"] or None
-        row["cost"] = row["gpu_seconds"] / 3600 * price if price is not None else None
-    return pd.DataFrame(rows.values())
-
-
-def _paid(made: Sequence[tuple[str, Artifact]]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Stage, arm and run.json of each artifact; of several selections of one plan the largest, which has the others'
-    images too."""
-    found: dict[Any, tuple[str, str, dict[str, Any]]] = {}
-    for words, artifact in made:
-        stage, _, arm = words.partition(": ")
-        run = artifact.run_info()
-        key = (run["synthetic_set"], run["inputs"]["plan"]) if stage == "generate" else artifact.path
-        if key not in found or run["counts"]["wanted"] > found[key][2]["counts"]["wanted"]:
-            found[key] = (stage, arm, run)
-    return list(found.values())
-
-
-def _provenance(made: Sequence[tuple[str, Artifact]]) -> pd.DataFrame:
-    rows = []
-    for words, artifact in made:
-        run = artifact.run_info()
-        rows.append({
-            "stage": words.partition(":")[0], "folder": artifact.path, "digest": run["digest"],
-            "git commit": run["git"]["commit"], "dirty": run["git"]["dirty"], "versions": json.dumps(run["versions"]),
-            "seconds": run["seconds"],
-        })  # fmt: skip
-    return pd.DataFrame(rows)
 
 
 def _notes(pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, Any]]) -> list[str]:

@@ -56,7 +56,8 @@ def cost(data: ReportData) -> Table | None:
         rows.append(["total", "", _duration(total["seconds"]), "", "", _duration(total["gpu_seconds"]),
                      number(total["cost"], 2)])  # fmt: skip
     return table(
-        "cost", "Cost of every stage; stages that ran side by side add up to more than the wall clock.",
+        "cost", "Cost of every stage; of training and rendering without their starts. What arms share counts once. "
+        "Stages that ran side by side add up to more than the wall clock.",
         ["stage", "arm", "time", "images", "images/s", "GPU time", "cost"], rows, ["arm"],
     )  # fmt: skip
 

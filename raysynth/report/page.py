@@ -162,7 +162,6 @@ def _cost(data: ReportData) -> Section:
 
 
 def _provenance(data: ReportData) -> Section:
-    return Section(
-        "provenance", "Provenance", "Where the numbers come from", list(data.notes), [],
-        _there(origins.provenance(data)),
-    )  # fmt: skip
+    table = origins.provenance(data)
+    folded: list[Folded] = [("Artifacts", [], [table])] if table else []
+    return Section("provenance", "Provenance", "Where the numbers come from", list(data.notes), [], [], folded)

@@ -1,5 +1,5 @@
-"""The contact sheet: real images beside synthetic ones, a row a class, and what the generator may have
-copied.
+"""The contact sheet: real images beside synthetic ones, a row a class or a class and condition, and what the generator
+may have copied.
 
 Beside the first synthetic images of each row stands the nearest image that the generator was trained on
 (pixel L2 at 32 px or less), so that a copied patient is seen at a glance. It is a look, not a test: a
@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 REAL, SYNTHETIC, NEAREST = 4, 8, 3
 """Columns of each block."""
-MOST_ROWS = 10
+MOST_ROWS = 30
+"""Two to three screens."""
 NEAREST_AMONG = {64: 20_000, 4096: 2_000}
 """Side of the images, pixels -> how many training images are searched, so that a sheet takes seconds. More than
 these are drawn by whole parquet row groups, which is what a reader must load."""
@@ -51,6 +53,8 @@ class Row:
 
     name: str
     detail: str
+    block: str = ""
+    """Rows of one block stand together."""
     real: list[np.ndarray] = field(default_factory=list)
     synthetic: list[np.ndarray] = field(default_factory=list)
     nearest: list[np.ndarray] = field(default_factory=list)
@@ -90,8 +94,8 @@ def contact_sheet(
     read: Callable[[Sequence[str]], Mapping[str, bytes]],
     source: str = "",
 ) -> bytes:
-    """PNG of real beside synthetic images by class (and by a conditioned attribute where that is at most
-    ten rows).
+    """PNG of real beside synthetic images by class, and by the first conditioned attribute for which that is at most
+    `MOST_ROWS` rows.
 
     Args:
         images: the ingest artifact.
@@ -124,7 +128,7 @@ def contact_sheet(
 
     sheet = [
         Row(
-            *cells.words(c, real_cell.count(c), synthetic_cell.count(c)),
+            *cells.words(c, real_cell.count(c), synthetic_cell.count(c)), c[0] if cells.attribute else "",
             [decode_png(stored[i]) for i in real[c]], [pictures[k] for k in synthetic[c]],
             [decode_png(stored[neighbour[k]]) for k in synthetic[c][:NEAREST]],
         )
@@ -238,7 +242,9 @@ def draw_sheet(title: str, subtitle: str, rows: Sequence[Row], caption: str) -> 
         x += columns * (side + gap) - gap + block
     width = x - block + margin
     lines = _wrapped(caption, fonts["small"], width - 2 * margin)
-    height = top + len(rows) * (side + gap) + 24 + 18 * len(lines) + margin // 2
+    blocks_before = list(accumulate((a.block != b.block for a, b in pairwise(rows)), initial=0))
+    tops = [top + i * (side + gap) + n * 3 * gap for i, n in enumerate(blocks_before)]
+    height = tops[-1] + side + gap + 24 + 18 * len(lines) + margin // 2
     page = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(page)
     pen.text((margin, 28), title, INK, fonts["title"])
@@ -248,8 +254,7 @@ def draw_sheet(title: str, subtitle: str, rows: Sequence[Row], caption: str) -> 
         pen.text((start, top - 42), head, INK, fonts["head"])
         for n in range(numbers):
             pen.text((start + n * (side + gap) + side // 2, top - 7), str(n + 1), GREY, fonts["small"], "ms")
-    for i, row in enumerate(rows):
-        y = top + i * (side + gap)
+    for y, row in zip(tops, rows):
         pen.text((margin, y + side // 2 - 2), row.name, INK, fonts["text"], "ls")
         pen.text((margin, y + side // 2 + 16), row.detail, GREY, fonts["small"], "ls")
         blocks = ((row.real, REAL), (row.synthetic, SYNTHETIC), (row.nearest, NEAREST))

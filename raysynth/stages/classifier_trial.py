@@ -53,7 +53,7 @@ def commit(task: ClassifierTask) -> dict[str, Any]:
     artifact.commit(
         {**task.counts, "steps": history[-1]["step"]}, gpu_seconds=seconds * gpus_held(task.compute, task.gpu),
         **task.origin, facts=task.facts, best_step=best["step"], monitor=best["monitor"], value=best["value"],
-        train_seconds=seconds,
+        train_seconds=seconds, views=sorted(task.views.values()),
     )  # fmt: skip
     for entry in storage.list(artifact.file("checkpoints")):
         storage.delete(entry.path)

@@ -89,6 +89,7 @@ def fidelity(
     chosen = [_chosen(side, n, policy) for side in sides]
     views = [build_view(experiment, storage, images, size, c["image_id"].to_pylist()).path for c in chosen[:2]]
     views.append(synthetic_view.path)
+    artifact.started = time.time()  # views have their own seconds
     found, extractor, weights, gpu_seconds = _extract(experiment, storage, resources, views, chosen)
     samples = [
         Sample(moments, features, used_labels(c, policy)[: len(features)], _units(c, table)[: len(features)])
@@ -105,7 +106,7 @@ def fidelity(
     result = pa.Table.from_pylist([{**of, **row} for row in rows], schema=fidelity_schema())
     artifact.put(TABLE, to_parquet(result))
     artifact.put("fidelity.csv", result.to_pandas().to_csv(index=False, lineterminator="\n").encode())
-    artifact.commit({"images": n}, gpu_seconds=gpu_seconds, extractor=extractor, weights_sha256=weights)
+    artifact.commit({"images": n}, gpu_seconds=gpu_seconds, extractor=extractor, weights_sha256=weights, views=views)
     for row in rows:
         if row["class"] == ALL:
             say(_line(row, extractor))

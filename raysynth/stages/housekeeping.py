@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -13,7 +14,7 @@ from raysynth.core.lease import holder_of
 from raysynth.core.progress import console, say
 from raysynth.core.storage import Storage
 from raysynth.synth.sets import FOLDER, SyntheticSet
-from raysynth.synth.verify import orphans
+from raysynth.synth.verify import ORPHAN_AGE_S, orphans
 
 NAMED = 3
 """Users of one stage that are named one by one."""
@@ -79,24 +80,38 @@ def _shortened(users: list[str]) -> list[str]:
 
 
 def collect_garbage(storage: Storage, delete: bool) -> list[str]:
-    """Orphan parts and rows files of every synthetic set, at least an hour old; deletes them if told.
+    """Orphan parts and rows files of every synthetic set, and files anywhere whose writer died before they were whole;
+    at least an hour old. Deletes them if told.
 
     Returns:
         Those found, or those deleted.
     """
-    found, young = [], 0
+    found, young, busy = [], 0, []
+
+    def take(path: str) -> None:
+        if delete:
+            storage.delete(path)
+        say(path)
+        found.append(path)
+
     for store in _sets(storage):
         # A writer may be about to name an old orphan: equal content has an equal name.
         if _rendering(store):
             say(f"gc: {store.path} is being rendered, left alone")
+            busy.append(f"{store.path}/")
             continue
         if not delete:
             young += len(orphans(store, older_than_s=0)) - len(orphans(store))
         for path in _unused(store) if delete else map(store.file, orphans(store)):
-            if delete:
-                storage.delete(path)
-            say(path)
-            found.append(path)
+            take(path)
+    limit = time.time() - ORPHAN_AGE_S
+    for entry in storage.staged():
+        if entry.path.startswith(tuple(busy)):
+            continue
+        if entry.modified <= limit:
+            take(entry.path)
+        elif not delete:
+            young += 1
     then = " deleted" if delete else "; --delete removes them" if found else ""
     say(f"gc: {len(found):,} orphan files{then}" + (f"; {young:,} younger than an hour left alone" if young else ""))
     return found

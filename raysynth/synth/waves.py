@@ -29,7 +29,7 @@ def rows_a_shard(
         return shard_rows
     by_time = shard_seconds * rows_per_s if rows_per_s else rows
     by_share = rows / (workers * SHARDS_A_WORKER)
-    return max(1, round(min(by_time, max(by_share, micro_batch)) / micro_batch)) * micro_batch
+    return max(1, int(min(by_time, by_share) / micro_batch)) * micro_batch  # down, or there were fewer shards
 
 
 def cut(runs: Iterable[tuple[str, int]], size: int) -> list[int]:

@@ -24,6 +24,7 @@ from raysynth.core.storage import Storage, open_storage
 from raysynth.metrics.calibration import reliability
 from raysynth.report import show_answer, write_report
 from raysynth.report.answer import answer
+from raysynth.report.costs import Made, behind, cost
 from raysynth.report.data import ReportData
 from raysynth.report.gather import _arms, gather
 from raysynth.report.tables import recipes
@@ -58,13 +59,25 @@ def classifier(storage: Storage, arm: str, seed: int) -> Artifact:
         "train_on": None, "n_unseen": 0, "batch_size": 16, "seed_split": 0, "seed_subset": 0, "seed_generator": None,
         "seed_classifier": seed, "notes": [],
     }  # fmt: skip
-    found.commit({"steps": a["steps"][seed]}, gpu_seconds=3600, facts=facts, train_seconds=20.0)
+    views = ["view/small-deleted", view(storage, "train").path]
+    found.commit({"steps": a["steps"][seed]}, gpu_seconds=3600, facts=facts, train_seconds=20.0, views=views)
+    return found
+
+
+def view(storage: Storage, name: str) -> Artifact:
+    """One that several artifacts read."""
+    found = Artifact.at(storage, "view", "small", 1, {"name": name}, {})
+    if not found.complete:
+        found.commit({"images": 30}, seconds=3.0)
     return found
 
 
 def generated(storage: Storage, wanted: int) -> Artifact:
     """The selection of one plan's first `wanted` rows, a tenth of a second each."""
     found = Artifact.at(storage, "generate", "small", 1, {"n_synth": wanted}, {"plan": "p"})
+    keys = pa.table({"row_key": [f"{i:032x}" for i in range(wanted)]})
+    for number, at in enumerate(range(0, wanted, 50)):
+        found.put(f"rows/{number:05d}.parquet", to_parquet(keys.slice(at, 50)))
     found.commit({"wanted": wanted, "ok": wanted}, synthetic_set="synthetic-sets/s", render_seconds=wanted / 10)
     return found
 
@@ -81,9 +94,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
     for arm in ARMS:
         for seed in (0, 1):
             trials.append(Trial(arm, seed, WHOLE, classifier(storage, arm, seed)))
-            said = predictions_artifact(trials[-1], sets)
+            said = predictions_artifact(trials[-1], sets[0])
             said.put("test.parquet", to_parquet(digits(40 + 10 * len(arm), seed)))
-            said.commit({})
+            said.commit({}, gpu_seconds=60, seconds=5.0, views=[view(storage, "test").path])
     evaluated = Artifact.at(storage, "evaluate", "small", 1, {}, {})
     tables = [judge_trial(t, sets, WHOLE.evaluation, "single") for t in trials]
     evaluated.put("metrics.parquet", to_parquet(pa.concat_tables(tables)))
@@ -95,7 +108,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
         e = vary(WHOLE, settings)
         there = generated(storage, ARMS[name]["n_synth"]) if e.training_set.needs_synthetic else None
         return Arm(name, 0, settings, e), SimpleNamespace(
-            experiment=e, generator=images, plan=images, generated=there
+            experiment=e, images=images, generator=images, plan=images, generated=there
         )
 
     arms = [of(name) for name in ARMS]
@@ -107,7 +120,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
 
 @pytest.fixture(scope="module")
 def data(pipeline: Callable[[Experiment], Any]) -> ReportData:
-    there = pipeline(WHOLE)
+    there = pipeline(vary(WHOLE, {"compute.price_per_gpu_hour": 3.0}))
     return gather(there, there.evaluated, [])
 
 
@@ -136,6 +149,41 @@ def test_of_several_selections_the_largest_is_paid(data: ReportData) -> None:
     assert (row["images"], row["seconds"]) == (120, 12.0)
     trained = data.cost[data.cost["stage"] == "train-classifier"].set_index("arm")["seconds"]
     assert trained.to_dict() == dict.fromkeys(ARMS, 40.0)
+
+
+def test_the_total_is_the_sum_over_the_artifacts(
+    data: ReportData, pipeline: Callable[[Experiment], Any], tmp_path: Path
+) -> None:
+    """Each once: a view that six classifiers read, images and predictions that two arms share; of deleted ones none."""
+    there = pipeline(WHOLE)
+    storage = there.storage
+    paths = [e.path for e in storage.list() if e.path.endswith("run.json")]
+    made = [p for p in paths if not p.startswith(("report", "evaluate"))] + [there.evaluated.file("run.json")]
+    own = [r for r in (json.loads(storage.get(p)) for p in made) if r["counts"].get("wanted") != 30]
+    seconds = [r.get("train_seconds") or r.get("render_seconds") or r["seconds"] for r in own]
+    assert data.cost["seconds"].sum() == pytest.approx(sum(seconds))
+    gpu_seconds = data.cost["gpu_seconds"].sum()
+    assert gpu_seconds == sum(r["gpu_seconds"] for r in own) == 6 * 3600 + 4 * 60
+    assert data.cost["cost"].sum() == pytest.approx(gpu_seconds / 3600 * 3)
+    by_stage = data.cost.groupby("stage", sort=False)["seconds"].sum().to_dict()
+    assert (by_stage["view"], by_stage["predictions"]) == (6.0, 20.0)
+    assert list(by_stage) == ["ingest", "view", "generate", "train-classifier", "predictions", "evaluate"]
+    fidelity = Artifact.at(open_storage(str(tmp_path)), "fidelity", "small", 1, {}, {})
+    fidelity.commit({}, gpu_seconds=7, seconds=9.0)
+    more = cost(behind(there, there.evaluated, [fidelity]), None).set_index("stage")
+    assert (more["seconds"]["fidelity"], more["gpu_seconds"]["fidelity"]) == (9.0, 7.0)
+
+
+def test_a_row_of_two_plans_is_paid_once(tmp_path: Path) -> None:
+    storage, made = open_storage(str(tmp_path)), []
+    for plan, keys in (("p", range(4)), ("q", range(3, 9))):
+        a = Artifact.at(storage, "generate", "small", 1, {}, {"plan": plan})
+        a.put("rows/00000.parquet", to_parquet(pa.table({"row_key": [f"{i:032x}" for i in keys]})))
+        n = len(keys)
+        a.commit({"wanted": n, "ok": n}, gpu_seconds=n, synthetic_set="synthetic-sets/s", render_seconds=n)
+        made.append(Made("generate", "", a, a.run_info()))
+    (row,) = cost(made, None).to_dict("records")
+    assert (row["images"], row["seconds"], row["gpu_seconds"]) == (9, 9.0, 9.0)
 
 
 def test_validation_images_of_every_arm(data: ReportData) -> None:

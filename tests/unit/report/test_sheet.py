@@ -113,6 +113,18 @@ def test_chest_films(tmp_path: Path, shared_data: Path) -> None:
     assert plain.shape[0] < page.shape[0]
 
 
+def test_seven_classes_of_both_sexes_have_a_row_each(tmp_path: Path) -> None:
+    rows = [r | {"attr_sex": "FM"[i % 2]} for i, r in enumerate(digits(500)) if int(r["label"]) < 7]
+    page = sheet(tmp_path, rows, experiment(16, conditions=["label", "sex"]), ["sex"])
+    assert page.shape[0] > 14 * 84 + 6 * 12
+    # Blank paper from edge to edge: between rows 4 px, between classes 16.
+    blank = "".join("-" if (line == 255).all() else "x" for line in page[132:])
+    assert [len(gap) for gap in blank.strip("-").split("x") if gap][:13] == [4, 16] * 6 + [4]
+    table = pa.table({f"label_{i}": pa.array(np.eye(7)[i].repeat(5), pa.int8()) for i in range(7)}
+                     | {"attr_sex": list("FMXYZ") * 7})  # fmt: skip
+    assert {value for _, value in _Cells.of(table, experiment(16, conditions=["label", "sex"])).order} == {""}
+
+
 def test_skin(tmp_path: Path, shared_data: Path) -> None:
     rows = files(shared_data / "ham10000", 100, "dx", ImageSpec(preset="skin", size=256))
     one = experiment(256, "skin")

@@ -34,10 +34,12 @@ def test_every_process_of_a_classifier_holds_its_gpu(
     row = {"best": True, "step": 60, "monitor": "auroc", "value": 0.9, "trained_seconds": 100.0}
     storage.put(artifact.file(HISTORY), json.dumps(row).encode())
     task: Any = SimpleNamespace(
-        artifact=artifact, storage=storage, counts={}, compute=Compute(**settings), gpu=gpu, origin={}, facts={}
-    )
+        artifact=artifact, storage=storage, counts={}, compute=Compute(**settings), gpu=gpu, origin={}, facts={},
+        views={"real": "view/a", "validation": "view/b"},
+    )  # fmt: skip
     commit(task)
-    assert artifact.run_info()["gpu_seconds"] == gpu_seconds
+    run = artifact.run_info()
+    assert (run["gpu_seconds"], run["views"]) == (gpu_seconds, ["view/a", "view/b"])
 
 
 class Rows(queue.Queue):

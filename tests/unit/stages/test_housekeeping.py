@@ -130,3 +130,36 @@ def test_orphans_too_young_to_be_one_are_counted(tmp_path: Path, capsys: pytest.
     store.put_part(0, b"a zombie's")
     assert collect_garbage(open_storage(str(tmp_path)), delete=False) == []
     assert "gc: 0 orphan files; 1 younger than an hour left alone" in capsys.readouterr().out
+
+
+def test_what_a_writer_left_unfinished_is_found_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = synthetic_set(str(tmp_path))
+    render_all(store, SMALL, FakeRenderer())
+    storage = open_storage(str(tmp_path))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raysynth.core.storage.os.replace", die)
+        for path in (store.file("parts/00007-abc.parquet"), "ingest/t-0/table.parquet", "ingest/t-0/young.parquet"):
+            with pytest.raises(KeyboardInterrupt):
+                storage.put(path, b"all but the name")
+    (tmp_path / "ingest" / ".another_program.tmp").write_text("not ours")
+    staged = [e.path for e in storage.staged()]
+    assert [p.rpartition("/")[0] for p in staged] == ["ingest/t-0"] * 2 + [store.file("parts")]
+    young = next(p for p in staged if "young" in p)
+    left = [p for p in staged if p != young]
+    for path in left:
+        os.utime(tmp_path / path, (time.time() - 7200,) * 2)
+    with Lease(storage, store.file("lock.json")):
+        assert collect_garbage(storage, delete=False) == left[:1]
+    assert collect_garbage(storage, delete=False) == left
+    assert "gc: 2 orphan files; --delete removes them; 1 younger than an hour" in capsys.readouterr().out
+    assert [e.path for e in storage.staged()] == staged
+    assert collect_garbage(storage, delete=True) == left
+    assert [e.path for e in storage.staged()] == [young]
+    assert (tmp_path / "ingest" / ".another_program.tmp").exists()
+    assert len(images(synthetic_set(str(tmp_path)))) == 12
