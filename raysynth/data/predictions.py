@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 from raysynth.core.schemas import ATTRIBUTE, LABEL, PROBABILITY, TRUE, predictions_schema
 
 
-def truth(index: pa.Table, test_set: str, classes: Sequence[str], policy: Mapping[str, str]) -> pa.Table:
+def truth(index: pa.Table, test_set: str, classes: Sequence[str], policy: Mapping[str, str], kind: str) -> pa.Table:
     """A predictions table whose probabilities are null, one row a row of `index`.
 
     Args:
         index: image_id, patient_id, site, label_* and attr_*; a class without a column is not annotated there.
+        classes: what the classifier knows.
         policy: finding -> ignore (default), zeros or ones, as `data.labels.policy`.
+        kind: `single`: where an image is not of exactly one of `classes`, none of them is right, and its truth is null.
     """
     attributes = [n.removeprefix(ATTRIBUTE) for n in index.column_names if n.startswith(ATTRIBUTE)]
     schema = predictions_schema(classes, attributes)
@@ -35,6 +37,10 @@ def truth(index: pa.Table, test_set: str, classes: Sequence[str], policy: Mappin
         known = pc.if_else(pc.less(raw, 0), pa.scalar(None, pa.int8()), raw)
         use = {"zeros": 0, "ones": 1}.get(policy.get(name, "ignore"))
         columns[TRUE + name] = known if use is None else pc.fill_null(known, pa.scalar(use, pa.int8()))
+    if kind == "single":
+        names = [TRUE + name for name in classes]
+        one = pa.array(np.sum([pc.fill_null(columns[n], 0).to_numpy() for n in names], axis=0) == 1)
+        columns |= {n: pc.if_else(one, columns[n], pa.scalar(None, pa.int8())) for n in names}
     return pa.table(columns, schema=schema)
 
 
@@ -45,6 +51,12 @@ def with_probabilities(predictions: pa.Table, probabilities: np.ndarray, classes
         column = pa.array(np.ascontiguousarray(probabilities[:, i]), pa.float32())
         predictions = predictions.set_column(at, predictions.schema.field(at), column)
     return predictions
+
+
+def judged(predictions: pa.Table) -> np.ndarray:
+    """Images of which the truth of some class is known: (N,) bool."""
+    names = [n for n in predictions.column_names if n.startswith(TRUE)]
+    return np.any([predictions[n].is_valid().to_numpy() for n in names], axis=0)
 
 
 def arrays(predictions: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

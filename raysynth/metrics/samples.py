@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from raysynth.core.errors import DataError
 from raysynth.core.schemas import PROBABILITY, TRUE, attribute_names
-from raysynth.data.predictions import arrays
+from raysynth.data.balance import did_you_mean
+from raysynth.data.predictions import arrays, judged
 
 MAX_GROUPS = 20
 """`*` passes over an attribute with more values than this: an accession number or an exact age makes no groups."""
@@ -24,7 +25,10 @@ MAX_GROUPS = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """N images of one test set, K findings, and what one classifier said of them."""
+    """N images of one test set, K findings, and what one classifier said of them.
+
+    Single-label images of no class that the classifier knows are not among them.
+    """
 
     test_set: str
     image_ids: list[str]
@@ -64,6 +68,8 @@ def read_sample(predictions: pa.Table, kind: str) -> Sample:
     sets = sorted(set(predictions["test_set"].to_pylist()))
     if len(sets) != 1:
         raise DataError("test_set", sets, "one test set in a predictions table", "Filter the table by test_set.")
+    if kind == "single":
+        predictions = predictions.filter(pa.array(judged(predictions)))
     table = predictions.sort_by("image_id")
     ids = table["image_id"].to_pylist()
     twice = next((a for a, b in itertools.pairwise(ids) if a == b), None)
@@ -77,10 +83,9 @@ def read_sample(predictions: pa.Table, kind: str) -> Sample:
         raise DataError(
             PROBABILITY + names[column], float(prob[row, column]), "a probability", f"Image {ids[row]}."
         )  # fmt: skip
-    known = (truth >= 0).any(axis=1)
-    if kind == "single" and ((truth[known] == 1).sum(axis=1) != 1).any():
-        row = int(np.flatnonzero(known & ((truth == 1).sum(axis=1) != 1))[0])
-        raise DataError(TRUE + "*", ids[row], "images of exactly one class each", "data.labels.kind: multi?")
+    wrong = np.flatnonzero((truth == 1).sum(axis=1) != 1)
+    if kind == "single" and len(wrong):
+        raise DataError(TRUE + "*", ids[wrong[0]], "images of exactly one class each", "data.labels.kind: multi?")
     # An image's own id must not meet a patient of the same name.
     owners = [f"p {p}" if p is not None else f"i {i}" for p, i in zip(table["patient_id"].to_pylist(), ids)]
     patient = np.unique(np.asarray(owners), return_inverse=True)[1].astype(np.int64)
@@ -90,10 +95,16 @@ def read_sample(predictions: pa.Table, kind: str) -> Sample:
 
 def fixed_set(sample: Sample, wanted: Sequence[str]) -> list[str]:
     """Findings of the macro averages: `evaluation.findings`, or all. Raises DataError for one that is not there."""
-    for i, name in enumerate(wanted):
-        if name not in sample.names:
-            raise DataError(f"evaluation.findings[{i}]", name, f"one of {', '.join(sample.names)}")
+    require_known("evaluation.findings", wanted, sample.names)
     return list(dict.fromkeys(wanted)) or list(sample.names)
+
+
+def require_known(key: str, wanted: Sequence[str], known: Sequence[str], test_set: str = "") -> None:
+    """Raises DataError for the first of `wanted`, the list under `key`, that is not known (in the test set)."""
+    for i, name in enumerate(wanted):
+        if name not in known:
+            of = f" in the test set {test_set}" if test_set else ""
+            raise DataError(f"{key}[{i}]", name, f"one of {', '.join(known)}{of}", did_you_mean(name, known))
 
 
 def groups(sample: Sample, wanted: Sequence[str]) -> dict[str, np.ndarray]:
@@ -124,14 +135,13 @@ def intersections(sample: Sample, wanted: Sequence[str]) -> dict[str, np.ndarray
 
 def _by_attribute(sample: Sample, wanted: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
     columns: Mapping[str, list[str | None]] = sample.attributes | {"site": sample.site}
+    require_known("evaluation.subgroups", wanted, ["*", *columns], sample.test_set)
     names: list[str] = []
     for name in wanted:
         if name == "*":
             names += [n for n, column in columns.items() if len(set(column)) <= MAX_GROUPS or _binned(n, columns)]
-        elif name in columns:
-            names.append(name)
         else:
-            raise DataError("evaluation.subgroups", name, f"one of *, {', '.join(columns)}")
+            names.append(name)
     found = {}
     for name in dict.fromkeys("age_bin" if _binned(n, columns) else n for n in names):
         column = np.asarray([v or "" for v in columns[name]], dtype=object)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class Contrast:
 
 def evaluate_artifact(e: Experiment, storage: Storage, trials: Sequence[Trial], sets: Sequence[TestSet]) -> Artifact:
     """The stage's artifact for these classifiers, whether or not it exists yet."""
-    inputs = {f"{t.arm}, seed {t.seed}": predictions_artifact(t, sets).fp for t in trials}
+    inputs = {f"{x.arm}, seed {x.seed}, {t.name}": predictions_artifact(x, t).fp for x in trials for t in sets}
     evaluation = {k: v for k, v in dataclasses.asdict(e.evaluation).items() if k not in ("fidelity", "test_sets")}
     return Artifact.at(storage, STAGE, e.name, STAGE_VERSION, {"evaluation": evaluation}, inputs)
 
@@ -78,18 +79,22 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
         say(f"{STAGE}: {artifact.path} is complete")
         return artifact
     predict_missing(e, storage, trials, sets)
+    artifact.started = time.time()  # predictions have their own seconds
     kind = e.data.labels.kind
     with Progress(STAGE, len(trials), "classifiers") as progress:
         metrics = pa.concat_tables(_judged(e, trials, sets, kind, progress))
     artifact.put("metrics.parquet", to_parquet(metrics))
     comparisons = compare_arms(e, trials, sets, kind)
     artifact.put("comparisons.parquet", to_parquet(pa.Table.from_pandas(comparisons, preserve_index=False)))
+    said = [{t.name: predictions_artifact(x, t) for t in sets} for x in trials]
+    judged = {name: a.run_info()["counts"]["judged"] for name, a in said[0].items()}
     artifact.commit(
-        {"classifiers": len(trials), "test_images": sum(len(t.ids) for t in sets), "metrics": metrics.num_rows},
-        trials={f"{t.arm}, seed {t.seed}": {"classifier": t.classifier.path,
-                                            "predictions": predictions_artifact(t, sets).path} for t in trials},
+        {"classifiers": len(trials), "test_images": sum(judged.values()), "metrics": metrics.num_rows},
+        trials={f"{x.arm}, seed {x.seed}": {"classifier": x.classifier.path,
+                                            "predictions": {name: a.path for name, a in found.items()}}
+                for x, found in zip(trials, said, strict=True)},
     )  # fmt: skip
-    where = ", ".join(f"{t.name} ({len(t.ids):,})" for t in sets)
+    where = ", ".join(f"{name} ({n:,})" for name, n in judged.items())
     say(f"{STAGE}: {len(trials)} classifiers on {where}; {artifact.path}")
     return artifact
 
@@ -141,7 +146,7 @@ def _judged(
 def judge_trial(trial: Trial, sets: Sequence[TestSet], evaluation: Evaluation, kind: str) -> pa.Table:
     """One classifier's rows of the metric table."""
     thresholds = thresholds_of(trial, evaluation)
-    said = list(load_predictions(trial, sets).values())
+    said = [load_predictions(trial, t) for t in sets]
     tables = [judge(p, thresholds, evaluation, kind) for p in said]
     tables += [underdiagnosis(p, thresholds, evaluation, kind) for p in said]
     rows = pa.concat_tables(tables)
@@ -182,9 +187,9 @@ def compare_arms(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet]
     """
     import ray
 
-    asked = contrasts(e, trials, sets)
+    asked, named = contrasts(e, trials, sets), {t.name: t for t in sets}
     remote = ray.remote(max_retries=3)(compare_pair).options(num_cpus=1)
-    return comparison_table(asked, ray.get([remote.remote(c, list(sets), e.evaluation, kind) for c in asked]))
+    return comparison_table(asked, ray.get([remote.remote(c, named[c.test_set], e.evaluation, kind) for c in asked]))
 
 
 def contrasts(e: Experiment, trials: Sequence[Trial], sets: Sequence[TestSet]) -> list[Contrast]:
@@ -219,13 +224,11 @@ def comparison_table(asked: Sequence[Contrast], found: Sequence[Sequence[dict[st
     return frame
 
 
-def compare_pair(
-    contrast: Contrast, sets: Sequence[TestSet], evaluation: Evaluation, kind: str
-) -> list[dict[str, Any]]:
+def compare_pair(contrast: Contrast, test_set: TestSet, evaluation: Evaluation, kind: str) -> list[dict[str, Any]]:
     """The paired differences of one contrast, of the confirmatory metric also in every subgroup; runs in a Ray task."""
 
     def scored(trial: Trial) -> Scored:
-        return Scored(load_predictions(trial, sets)[contrast.test_set], thresholds_of(trial, evaluation))
+        return Scored(load_predictions(trial, test_set), thresholds_of(trial, evaluation))
 
     mine, theirs = ([scored(pair[i]) for pair in contrast.pairs] for i in (0, 1))
     wanted = [(metric, "") for metric in COMPARED]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 from PIL import Image
 
 from raysynth.core.artifacts import Artifact
@@ -17,7 +18,8 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import from_parquet, metric_schema, predictions_schema
 from raysynth.report import write_report
 from raysynth.stages.pipeline import Pipeline, stages_of
-from raysynth.stages.predictions import load_predictions, open_test_sets
+from raysynth.stages.predictions import load_predictions, open_test_sets, predictions_artifact
+from raysynth.stages.sweep_table import SweepTable
 from tests.digits import CLASSES, digit_images
 
 pytestmark = pytest.mark.ray
@@ -25,13 +27,16 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits of another hospital: one folder a class, twelve images each, and an eleventh class nobody trained on."""
+    """Digits of another hospital: one folder a class, twelve images each, and an eleventh class of one image, which
+    nobody trained on and no split could do without."""
     place = tmp_path_factory.mktemp("elsewhere")
     images, labels = digit_images()
     for label in CLASSES:
         (place / label).mkdir()
         for i in np.flatnonzero(labels == int(label))[:12]:
             Image.fromarray(255 - images[i, ..., 0]).save(place / label / f"{i}.png")
+    (place / "letter").mkdir()
+    Image.fromarray(images[0, ..., 0].T.copy()).save(place / "letter" / "a.png")
     return place
 
 
@@ -82,19 +87,32 @@ def test_test_sets_are_ingested_first(ray_session: None, experiment: Experiment,
 
 def test_predictions_are_stored_once_for_every_test_set(done: Pipeline) -> None:
     sets = open_test_sets(done.experiment, done.storage, done.images)
-    found = load_predictions(done.trials[0], sets)
-    assert {name: t.num_rows for name, t in found.items()} == {"test": 450, "elsewhere": 120}
-    for table in found.values():
+    found = [load_predictions(done.trials[0], t) for t in sets]
+    assert [t.num_rows for t in found] == [450, 121]
+    for table, judged in zip(found, (450, 120), strict=True):
         assert table.schema.names == predictions_schema(CLASSES, []).names
         probabilities = np.stack([table[f"prob_{c}"].to_numpy() for c in CLASSES], axis=1)
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-5)
-        assert sum(table[f"true_{c}"].to_numpy().sum() for c in CLASSES) == table.num_rows
-    before = done.storage.list("predictions")
+        for c in CLASSES:
+            assert len(table) - table[f"true_{c}"].null_count == judged
+        assert sum(np.nansum(table[f"true_{c}"].to_numpy()) for c in CLASSES) == judged
+    assert done.evaluated.run_info()["counts"]["test_images"] == 570
+    before = {entry.path: entry for entry in done.storage.list("predictions")}
     # Another number of resamplings judges the same predictions.
     other = Pipeline(vary(done.experiment, {"evaluation.bootstraps": 120}))
     other.do("evaluate")
     assert other.evaluated.path != done.evaluated.path
-    assert done.storage.list("predictions") == before
+    assert {entry.path: entry for entry in done.storage.list("predictions")} == before
+    # A test set more is all that is predicted.
+    section = done.experiment.evaluation.test_sets["elsewhere"]
+    more = Pipeline(vary(done.experiment, {"evaluation.test_sets": {"mars": section}}))
+    more.do("evaluate")
+    after = {entry.path: entry for entry in done.storage.list("predictions")}
+    assert {path: entry for path, entry in after.items() if path in before} == before
+    mars = predictions_artifact(more.trials[0], open_test_sets(more.experiment, more.storage, more.images)[2])
+    added = {path.removeprefix(f"{mars.path}/") for path in after.keys() - before.keys()}
+    assert added == {"mars.parquet", "config.yaml", "run.json", "_SUCCESS"}
+    assert set(metrics(more)["test_set"]) == {"test", "elsewhere", "mars"}
 
 
 def test_the_metric_table(done: Pipeline) -> None:
@@ -110,12 +128,26 @@ def test_the_metric_table(done: Pipeline) -> None:
     assert table["threshold"].notna().any()
 
 
-def test_two_processes_train_the_same_classifier(done: Pipeline, tmp_path: Path) -> None:
-    """DDP inside a trial: same artifact, same validation metric as of one process on the global batch."""
-    changes = {"root": str(tmp_path), "compute.classifier_workers": 2, "compute.trial_cpus": 0.5}
+def test_trials_of_two_processes_train_side_by_side_on_every_cpu(
+    done: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train inside Ray Tune, where nothing is left for a trial that would hold a CPU beside those of its processes:
+    same artifact, same validation metric as of one process on the global batch."""
+    changes = {"root": str(tmp_path), "compute.classifier_workers": 2, "sweep.seeds": [0, 1]}
     two = Pipeline(vary(done.experiment, changes))
+    groups: list[int] = []
+    told = SweepTable.reported
+
+    def reported(self: SweepTable, number: int, result: dict) -> None:
+        told(self, number, result)
+        held = [g["bundles"] for g in ray.util.placement_group_table().values() if g["state"] == "CREATED"]
+        groups.append(sum(list(bundles.values()) == [{"CPU": 1.0}] * 2 for bundles in held))
+
+    monkeypatch.setattr(SweepTable, "reported", reported)
     two.do("ingest")
-    artifact = two.do("train-classifier")
+    two.do("sweep")
+    assert max(groups) == 2
+    artifact = two.trials[0].classifier
     assert artifact.fp == done.classifier.fp
     for row, other in zip(history(artifact), history(done.classifier), strict=True):
         assert row["step"] == other["step"]

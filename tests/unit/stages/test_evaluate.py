@@ -34,7 +34,7 @@ from raysynth.stages.evaluate import (
     require_one_test_split,
 )
 from raysynth.stages.pipeline import Pipeline
-from raysynth.stages.predictions import open_test_sets, predictions_artifact, thresholds_of
+from raysynth.stages.predictions import load_predictions, open_test_sets, predictions_artifact, thresholds_of
 from raysynth.stages.sweep_plan import detectable
 from raysynth.stages.train_classifier import Trial
 from tests.prediction_tables import drawn
@@ -75,11 +75,11 @@ def trained(e: Experiment, arm: str, seed: int, sets: Sequence[stage.TestSet], s
     noise = seed + 10 * list(ARMS).index(arm)
     trial.classifier.put("validation.parquet", to_parquet(shifted(drawn(signal=signal, seed=100 + noise), 0.5)))
     trial.classifier.commit({"steps": 7}, facts={"strategy": changed.training_set.strategy})
-    said = predictions_artifact(trial, sets)
     for t in sets:
+        said = predictions_artifact(trial, t)
         table = drawn(signal=signal, seed=noise, test_set=[t.name] * 300)
         said.put(f"{t.name}.parquet", to_parquet(table))
-    said.commit({})
+        said.commit({})
     return trial
 
 
@@ -94,11 +94,11 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, list[T
     return e, [trials[i] for i in (4, 2, 6, 0, 7, 5, 1, 3)], sets
 
 
-def f1(trial: Trial, sets: Sequence[stage.TestSet], test_set: str) -> float:
+def f1(trial: Trial, test_set: stage.TestSet) -> float:
     """Macro F1 by scikit-learn, at thresholds chosen on the validation predictions."""
     files = trial.classifier.storage
     cuts = choose_thresholds(from_parquet(files.get(trial.classifier.file("validation.parquet"))), "youden")
-    said = from_parquet(files.get(predictions_artifact(trial, sets).file(f"{test_set}.parquet")))
+    said = load_predictions(trial, test_set)
     values = []
     for name, cut in cuts.items():
         known = said.filter(said[f"true_{name}"].is_valid())
@@ -115,21 +115,19 @@ def test_thresholds_are_those_of_validation(judged: tuple[Experiment, list[Trial
     own = table[(table["metric"] == "f1") & (table["finding"] != "macro")]
     assert {(r.finding, r.threshold) for r in own.itertuples()} == set(chosen.items())
     whole = table[(table["metric"] == "f1") & (table["finding"] == "macro") & (table["subgroup"] == "")]
-    assert dict(zip(whole["test_set"], whole["value"])) == {
-        t.name: pytest.approx(f1(trial, sets, t.name)) for t in sets
-    }
+    assert dict(zip(whole["test_set"], whole["value"])) == {t.name: pytest.approx(f1(trial, t)) for t in sets}
     assert set(table["arm"]) == {trial.arm}
     assert set(table["gradient_steps"]) == {7}
 
 
 def test_seeds_are_paired_and_thresholds_frozen(judged: tuple[Experiment, list[Trial], list[stage.TestSet]]) -> None:
     e, trials, sets = judged
-    by = {(t.arm, t.seed): f1(t, sets, "test") for t in trials}
+    by = {(t.arm, t.seed): f1(t, sets[0]) for t in trials}
     for arm, against, seeds in (("mix", "real", (0, 1, 2)), ("twice", "real", (0, 1)), ("mix", "twice", (0, 1))):
         contrast = next(c for c in contrasts(e, trials, sets)
                         if (c.arm, c.against, c.test_set) == (arm, against, "test"))  # fmt: skip
         assert [(a.seed, b.seed) for a, b in contrast.pairs] == [(s, s) for s in seeds]
-        found = next(r for r in compare_pair(contrast, sets, e.evaluation, "multi")
+        found = next(r for r in compare_pair(contrast, sets[0], e.evaluation, "multi")
                      if (r["metric"], r["subgroup"]) == ("f1", ""))  # fmt: skip
         differences = [by[arm, s] - by[against, s] for s in seeds]
         assert found["seeds"] == len(seeds)
@@ -144,7 +142,8 @@ def test_one_contrast_is_primary_and_the_others_are_adjusted(
     asked = contrasts(e, trials, sets)
     pairs = {("mix", "real"), ("twice", "real"), ("mix", "twice")}
     assert {(c.arm, c.against, c.test_set) for c in asked} == {(*p, t.name) for p in pairs for t in sets}
-    frame = comparison_table(asked, [compare_pair(c, sets, e.evaluation, "multi") for c in asked])
+    named = {t.name: t for t in sets}
+    frame = comparison_table(asked, [compare_pair(c, named[c.test_set], e.evaluation, "multi") for c in asked])
     primary = frame[frame["primary"]]
     assert primary[["arm", "against", "test_set", "metric", "subgroup"]].values.tolist() == [
         ["mix", "real", "test", "f1", ""]
@@ -244,6 +243,7 @@ def policies(
     primary = {**PRIMARY, "test_set": test_set}
     e = experiment(place, {"policy": {"c0": own}}, test_sets={"mars": section}, primary=primary)
     images = ingested(open_storage(e.root), "own", raw())
+    open_storage(e.root).put(images.file("vocabulary.json"), b'{"classes": ["c0", "c1"]}')
     for module in ("predictions", "pipeline"):
         monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda *_: (images, None))
     return e, images
@@ -270,13 +270,14 @@ def test_each_test_set_has_its_own_label_policy(
     sets = open_test_sets(e, storage, images)
     classifier = Artifact.at(storage, "train-classifier", "c", 1, {}, {})
     classifier.commit({})
-    artifact = predictions_artifact(Trial("mix", 0, e, classifier), sets)
-    said = SimpleNamespace(facts={"classes": ["c0", "c1"]}, predict=lambda at: np.zeros((len(at), 2), np.float32))
+    trial = Trial("mix", 0, e, classifier)
+    facts = {"classes": ["c0", "c1"], "kind": "multi"}
+    said = SimpleNamespace(facts=facts, predict=lambda at: np.zeros((len(at), 2), np.float32))
     monkeypatch.setattr("raysynth.models.classifier_export.load_classifier", lambda *_: said)
     monkeypatch.setattr(stage, "local_folder", lambda *_: "")
     monkeypatch.setattr(stage, "open_view_folder", lambda *_: Viewed())
-    stage.predict(storage, "model", artifact, {t.name: "" for t in sets}, str(tmp_path), gpus=0)
-    found = {t.name: from_parquet(storage.get(artifact.file(f"{t.name}.parquet")))["true_c0"] for t in sets}
+    stage.predict(storage, "model", [(predictions_artifact(trial, t), "") for t in sets], str(tmp_path), gpus=0)
+    found = {t.name: load_predictions(trial, t)["true_c0"] for t in sets}
     assert found["test"].to_pylist().count(1) == 75
     assert found["mars"].to_pylist().count(1) == positives
     assert found["mars"].null_count == (50 if external == "ignore" else 0)
@@ -285,7 +286,8 @@ def test_each_test_set_has_its_own_label_policy(
 def test_a_label_policy_gives_other_predictions_and_another_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths = []
+    said: list[set[str]] = [set(), set()]
+    judgements = set()
     for own, external in (("ignore", None), ("zeros", None), ("ones", None), ("ones", "zeros"), ("zeros", "ignore")):
         e, images = policies(tmp_path, monkeypatch, own, external)
         storage = open_storage(e.root)
@@ -294,10 +296,12 @@ def test_a_label_policy_gives_other_predictions_and_another_evaluation(
         classifier = Artifact.at(storage, "train-classifier", "c", 1, {"policy": own}, {})
         classifier.commit({})
         trials = [Trial("mix", 0, e, classifier)]
-        paths.append((predictions_artifact(trials[0], sets).fp, evaluate_artifact(e, storage, trials, sets).fp))
-    for found in zip(*paths):
-        assert len(set(found)) == 5
-    assert predictions_artifact(trials[0], sets).identity["config"] == {"sets": {"test": {"c0": "zeros"}, "mars": {}}}
+        for found, t in zip(said, sets, strict=True):
+            found.add(predictions_artifact(trials[0], t).fp)
+        judgements.add(evaluate_artifact(e, storage, trials, sets).fp)
+    assert [len(found) for found in (*said, judgements)] == [3, 3, 5], "each set follows its own policy"
+    asked = [predictions_artifact(trials[0], t).identity["config"] for t in sets]
+    assert asked == [{"test_set": "test", "policy": {"c0": "zeros"}}, {"test_set": "mars", "policy": {}}]
 
 
 @pytest.mark.parametrize(("test_set", "negatives"), [("test", 25), ("mars", 75)])

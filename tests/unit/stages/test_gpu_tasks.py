@@ -27,6 +27,7 @@ from raysynth.stages import classifier_loop, fidelity, predictions, train_classi
 from raysynth.stages.cluster import Resources
 from raysynth.stages.train_generator import generator_artifact
 from tests.digits import digit_artifact
+from tests.unit.stages.test_evaluate import Viewed
 
 JOBS = Path(__file__).parents[3] / "jobs"
 OUT = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation.")
@@ -82,9 +83,12 @@ def test_a_worker_that_predicted_on_a_gpu_is_not_used_again(
         predictions, "predictions_artifact", lambda *_: SimpleNamespace(path="predictions/x", complete=False)
     )
     e = build_experiment({"name": "d", "data": {"kind": "digits"}, "classifier": {}, "compute": {"trial_gpus": 0.5}})
-    trial: Any = SimpleNamespace(experiment=e, classifier=SimpleNamespace(path="train-classifier/x"))
+    monkeypatch.setattr(predictions, "build_view", lambda *_: SimpleNamespace(path="view/x"))
+    classifier = SimpleNamespace(path="train-classifier/x", digest=lambda: "x")
+    trial: Any = SimpleNamespace(experiment=e, classifier=classifier)
+    test: Any = SimpleNamespace(name="test", experiment=e, images=None, ids=[])
     with pytest.raises(Asked):
-        predictions.predict_missing(e, None, [trial], [])  # type: ignore[arg-type]
+        predictions.predict_missing(e, None, [trial], [test])  # type: ignore[arg-type]
     options = made[0]._default_options
     assert (options["num_gpus"], options.get("max_calls")) == ((0.5, 1) if gpu else (0, None))
 
@@ -106,8 +110,9 @@ def test_every_process_that_trains_a_generator_holds_its_gpu(
     ):  # fmt: skip
         storage.put(artifact.file(name), content.encode())
     monkeypatch.setattr(train_generator, "_workers", lambda *_: (4, gpu))
+    monkeypatch.setattr(train_generator, "build_view", lambda *_: SimpleNamespace(path="view/x"))
     run = train_generator.train_generator(e, storage, images).run_info()
-    assert (run["train_seconds"], run["gpu_seconds"]) == (120.0, gpu_seconds)
+    assert (run["train_seconds"], run["gpu_seconds"], run["views"]) == (120.0, gpu_seconds, ["view/x"])
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0.5, "cuda"), (0.0, "cpu")])
@@ -117,14 +122,19 @@ def test_predicting_holds_its_share_of_a_gpu(
     def load(folder: str, on: str) -> Any:
         assert on == device
         time.sleep(0.2)
-        return SimpleNamespace(facts={"classes": ["a"]})
+        facts = {"classes": ["c0"], "kind": "multi"}
+        return SimpleNamespace(facts=facts, predict=lambda images: np.zeros((len(images), 1)))
 
     monkeypatch.setattr(predictions, "local_folder", lambda *_: tmp_path)
+    monkeypatch.setattr(predictions, "open_view_folder", lambda *_: Viewed())
     monkeypatch.setattr(classifier_export, "load_classifier", load)
     storage = open_storage(str(tmp_path))
-    artifact = replace(Artifact.at(storage, "predictions", "x", 1, {"sets": {}}, {}), started=time.time() - 1000)
-    predictions.predict(storage, "model", artifact, {}, "cache", gpus)
-    assert 0.2 * gpus <= artifact.run_info()["gpu_seconds"] <= 60 * gpus, "waiting for a GPU is not using it"
+    config = {"test_set": "test", "policy": {}}
+    artifact = replace(Artifact.at(storage, "predictions", "x", 1, config, {}), started=time.time() - 1000)
+    predictions.predict(storage, "model", [(artifact, "view")], "cache", gpus)
+    run = artifact.run_info()
+    assert 0.2 * gpus <= run["gpu_seconds"] <= 60 * gpus, "waiting for a GPU is not using it"
+    assert (run["seconds"] < 60, run["views"]) == (True, ["view"])
 
 
 @pytest.mark.parametrize(("gpus", "gpu_seconds"), [(2, 12.0), (0, 0.0)])
