@@ -161,6 +161,9 @@ def _from_hub(classifier: Classifier, arguments: dict[str, Any]) -> torch.nn.Mod
     _check_hub(classifier)
     source = name if classifier.init == "pretrained" else classifier.init
     try:
+        with torch.random.fork_rng(devices=[]):
+            # Only with the classes it was trained for does timm insist on every layer.
+            timm.create_model(source, pretrained=True, **arguments)
         backbone = timm.create_model(source, pretrained=True, num_classes=0, **arguments)
     except OSError as e:
         raise EnvironmentFault(
@@ -168,7 +171,9 @@ def _from_hub(classifier: Classifier, arguments: dict[str, Any]) -> torch.nn.Mod
             "no network, download them elsewhere and give classifier.init the file."
         ) from e
     except RuntimeError as e:
-        raise ConfigError("classifier.init", classifier.init, f"weights that fit {name}", str(e)) from e
+        raise ConfigError(
+            "classifier.init", classifier.init, f"weights of {name} in every layer", str(e)[:1000]
+        ) from e
     found = getattr(backbone, "pretrained_cfg", {}).get("architecture")
     if found != name.partition(".")[0]:
         raise ConfigError(

@@ -202,10 +202,12 @@ def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(
     storage = pipeline.storage
     victim = next(t for t in find_trials(pipeline, experiment) if t.arm == "killed")
     killed: list[int] = []
+    tables: list[SweepTable] = []
     told = SweepTable.reported
 
     def reported(self: SweepTable, number: int, result: dict) -> None:
         told(self, number, result)
+        tables.append(self)
         # Ray Tune holds the trial until its driver has answered.
         if self.rows[number].arm == "killed" and not killed:
             assert storage.exists(victim.classifier.file("checkpoints/training.pt"))
@@ -218,6 +220,8 @@ def test_a_dead_worker_is_restarted_and_a_diverged_trial_ends_alone(
     with pytest.raises(GateFailed, match=r"1 of 2 classifiers failed: diverges, seed 0 \(classifier.lr: got 1e\+30"):
         sweep(pipeline, experiment)
     assert killed
+    first, second = tables[0].rows
+    assert second.began < first.ended, "one after the other"
     table = next(f for f in storage.folders("sweep") if not storage.exists(f"sweep/{f}/_SUCCESS"))
     rows = from_parquet(storage.get(f"sweep/{table}/trials.parquet")).to_pylist()
     states = {r["arm"]: (r["state"], r["reason"][:13]) for r in rows}

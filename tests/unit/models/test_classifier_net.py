@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.models import save_for_hf
 
 from raysynth.core.errors import ConfigError, EnvironmentFault
 from raysynth.models.classifier import ClassifierTraining
@@ -136,12 +137,63 @@ def test_weights_of_another_model_or_with_layers_missing_are_refused(tmp_path: P
         build_classifier(tiny(init=str(tmp_path / "text.pth")), 3, 1)
 
 
-@pytest.mark.parametrize("init", ["pretrained", "hf-hub:timm/resnet10t.c3_in1k"])
-def test_a_hub_out_of_reach_is_the_environments_fault(init: str, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the hub's client looks, and nowhere else."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def put_in(hub: Path, name: str, source: torch.nn.Module, mean: tuple[float, ...] = (0.5, 0.5, 0.5)) -> Path:
+    """A model of the hub, as its client keeps it. Returns its folder."""
+    place = hub / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("c0ffee")
+    folder = place / "snapshots" / "c0ffee"
+    save_for_hf(source, str(folder), safe_serialization=True, data_config={"mean": mean, "std": (0.2, 0.3, 0.4)})
+    return folder
+
+
+HUB_MODEL: dict[str, Any] = {"architecture": "test_resnet", "arguments": {}, "size": 32, "init": "hf-hub:clinic/films"}
+
+
+def test_weights_of_the_hub_start_the_backbone_with_their_normalisation(hub: Path) -> None:
+    source = timm.create_model("test_resnet", num_classes=7).eval()
+    put_in(hub, "clinic/films", source, (0.1, 0.2, 0.3))
+    network = build_classifier(tiny(**HUB_MODEL), 3, 3).eval()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.1, 0.2, 0.3), (0.2, 0.3, 0.4)))
+    assert torch.equal(network.mean, mean)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        features = source.forward_head(source.forward_features((images - mean) / std), pre_logits=True)
+        torch.testing.assert_close(network(images), network.head(features))
+
+
+def test_pretrained_is_the_hubs_model_of_that_name(hub: Path) -> None:
+    source = timm.create_model("test_resnet")
+    put_in(hub, "timm/test_resnet.r160_in1k", source)
+    network = build_classifier(tiny(**{**HUB_MODEL, "init": "pretrained"}), 3, 3)
+    expected = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
+    found = network.backbone.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_hub_model_of_another_architecture_or_with_layers_missing_is_refused(hub: Path) -> None:
+    folder = put_in(hub, "clinic/films", timm.create_model("test_resnet", num_classes=7))
+    with pytest.raises(ConfigError, match=r"architecture: got 'resnet18'.* Set classifier.architecture=test_resnet\."):
+        build_classifier(tiny(**{**HUB_MODEL, "architecture": "resnet18"}), 3, 3)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file({k: v for k, v in state.items() if k != "bn1.weight"}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"init: got 'hf-hub:clinic/films', .*test_resnet in every layer"):
+        build_classifier(tiny(**HUB_MODEL), 3, 3)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "hf-hub:timm/resnet10t.c3_in1k"])
+def test_a_hub_out_of_reach_is_the_environments_fault(init: str, hub: Path) -> None:
     with pytest.raises(EnvironmentFault, match=r"classifier\.init.*could not be fetched"):
         build_classifier(tiny(architecture="resnet10t", arguments={}, size=32, init=init), 3, 1)
 

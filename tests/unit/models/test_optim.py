@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
 
+from raysynth.core.evidence import Classifier
 from raysynth.core.experiment import Generator
 from raysynth.models.optim import ema_decay, learning_rate, make_ema, make_optimizer
 
@@ -57,6 +59,22 @@ def test_optimizers_lower_a_quadratic(name: str) -> None:
         x.square().sum().backward()
         optimizer.step()
     assert float(x.detach().abs().max()) < 0.2
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_sgd_is_torchs_with_nesterov_momentum_and_weight_decay(momentum: float) -> None:
+    def steps(make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]) -> torch.Tensor:
+        x = torch.nn.Parameter(torch.tensor([3.0, -2.0]))
+        optimizer = make([x])
+        for _ in range(3):
+            optimizer.zero_grad()
+            x.square().sum().backward()
+            optimizer.step()
+        return x.detach()
+
+    section = Classifier(optimizer="sgd", lr=0.05, momentum=momentum, weight_decay=0.1)
+    theirs = steps(lambda x: torch.optim.SGD(x, 0.05, momentum, weight_decay=0.1, nesterov=momentum > 0))
+    assert torch.equal(steps(lambda x: make_optimizer(section, x)), theirs)
 
 
 @pytest.mark.parametrize("buffers", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pytest
 
 from raysynth.core.artifacts import Artifact
+from raysynth.core.errors import ConfigError
 from raysynth.core.evidence import Pretrain
 from raysynth.core.experiment import Compute
-from raysynth.core.schemas import members_schema, to_parquet
+from raysynth.core.schemas import from_parquet, members_schema, to_parquet
 from raysynth.core.storage import Storage, open_storage
+from raysynth.data.predictions import arrays
+from raysynth.metrics.validation import validation_scores
 from raysynth.models.classifier_export import load_classifier
 from raysynth.stages import classifier_loop
 from raysynth.stages.classifier_loop import HISTORY, STATE, Loop
@@ -31,6 +35,8 @@ MIX = [(0, "real", f"r{d}") for d in range(N_REAL)] + [(0, "synthetic", f"s{d}")
 TWO_STAGES = [(0, "synthetic", i) for _, source, i in MIX if source == "synthetic"] + [
     (1, "real", f"r{d}") for d in range(N_REAL)
 ]
+FINDINGS = {"low": [1, -1, None, *[0] * 7], "high": [*[0] * 6, -1, 1, 1, 1]}
+"""Raw annotation of every digit."""
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         index = write_view(root / "view" / name, digits, prefix).index
         for column in ("patient_id", "site"):
             index = index.append_column(column, pa.nulls(len(digits), pa.string()))
+        shown = [int(label) for label in digit_images()[1][[int(i[1:]) for i in index["image_id"].to_pylist()]]]
+        for finding, raw in FINDINGS.items():
+            index = index.append_column(f"label_{finding}", pa.array([raw[d] for d in shown], pa.int8()))
         (root / "view" / name / "index.parquet").write_bytes(to_parquet(index))
     return open_storage(str(root))
 
@@ -125,6 +134,14 @@ def test_real_images_have_their_share_of_every_batch(storage: Storage) -> None:
     assert len({int((~plain.feeds[0].batch(step).synthetic).sum()) for step in range(30)}) > 1
 
 
+@pytest.mark.parametrize(("validate_every", "what"), [(4, "the loss was"), (1, "predictions were")])
+def test_a_training_that_diverges_names_its_rate(storage: Storage, validate_every: int, what: str) -> None:
+    """Also where its last step breaks the weights, and no loss was computed with them."""
+    t = task(storage, MIX, lr=1e30, grad_clip=1e30, warmup_steps=0, validate_every=validate_every)
+    with pytest.raises(ConfigError, match=rf"classifier\.lr: got 1e\+30, must be lower: {what} not finite by step \d"):
+        run_trial(t, lambda row: None)
+
+
 def test_rare_classes_weigh_more(storage: Storage) -> None:
     loop = Loop(task(storage, MIX, class_weights="balanced"), lambda row: None, "cpu")
     counts = np.bincount(digit_images()[1][[*range(N_REAL), *SYNTHETIC]], minlength=10)
@@ -133,6 +150,37 @@ def test_rare_classes_weigh_more(storage: Storage) -> None:
     np.testing.assert_allclose(weights.numpy(), counts.sum() / (10 * counts), rtol=1e-6)
     assert weights.numpy().std() > 0.01
     assert Loop(task(storage, MIX), lambda row: None, "cpu").training.class_weights is None
+
+
+def test_findings_with_a_policy_balanced_batches_and_weights(storage: Storage) -> None:
+    # Under the policy four groups: low 0 to 2, high 7 to 9, neither 3 to 5, not known 6.
+    findings = {"classes": list(FINDINGS), "kind": "multi", "policy": {"low": "ones", "high": "ignore"}}
+    changes = {"sampler": "balanced", "class_weights": "balanced", "monitor": "loss"}
+    t = dataclasses.replace(task(storage, MIX, **changes), **findings)
+    loop = Loop(t, lambda row: None, "cpu")
+    for step in range(5):
+        low, high = loop.feeds[0].batch(step).labels.T
+        quarter = BATCH // 4
+        assert [(low == 1).sum(), (high == 1).sum(), np.isnan(high).sum()] == [quarter] * 3
+        assert not np.isnan(low).any()
+    shown = np.array(digit_images()[1])
+    members = shown[[*range(N_REAL), *SYNTHETIC]]
+    weights = loop.training.class_weights
+    assert weights is not None
+    np.testing.assert_allclose(
+        weights.numpy(), [(members > 2).sum() / (members <= 2).sum(), (members < 6).sum() / (members > 6).sum()],
+        rtol=1e-6,
+    )  # fmt: skip
+    result, history = trained(t)
+    table = from_parquet(storage.get(t.artifact.file("validation.parquet")))
+    assert table["true_low"].to_pylist() == [int(d <= 2) for d in shown[VALIDATION]]
+    assert table["true_high"].to_pylist() == [None if d == 6 else int(d > 6) for d in shown[VALIDATION]]
+    scores = validation_scores(table, list(FINDINGS), "multi")
+    best = next(row for row in history if row["step"] == result["best_step"])
+    assert {name: best[name] for name in scores} == pytest.approx(scores)
+    exported = load_classifier(f"{storage.root}/{t.artifact.file('model')}")
+    assert (exported.facts["classes"], exported.facts["kind"]) == (list(FINDINGS), "multi")
+    np.testing.assert_allclose(exported.predict(digit_images()[0][VALIDATION]), arrays(table, list(FINDINGS))[1], 1e-5)
 
 
 def test_a_trial_that_was_cut_off_goes_on_to_the_same_history(storage: Storage) -> None:

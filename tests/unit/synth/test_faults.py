@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from raysynth.synth import batches
 from raysynth.synth.attempts import Attempt, History
 from raysynth.synth.fake import FakeRenderer
 from raysynth.synth.ledger import Ledger, rows_of
-from raysynth.synth.renderer import SickWorker, canary_fault
+from raysynth.synth.renderer import Row, SickWorker, canary_fault, fault_in
 from raysynth.synth.shards import ShardRunner
 from raysynth.synth.verify import verify
 from raysynth.synth.waves import extend
@@ -128,6 +132,43 @@ def test_a_sick_worker_judges_no_row(tmp_path: Path, reference: dict) -> None:
     assert not Attempt(store, 0, "next").history.careful
     render_all(store, wanted_rows(), FakeRenderer())
     assert images(store) == reference
+
+
+@dataclass
+class Fading(FakeRenderer):
+    """Well at first: every image is black once `last` rows were rendered."""
+
+    last: int = 0
+
+    def render(self, rows: Sequence[Row | None], micro_batch: int) -> np.ndarray:
+        ends = self.rendered >= self.last
+        images = super().render(rows, micro_batch)
+        return np.full_like(images, -1.0) if ends else images
+
+
+@pytest.mark.parametrize(("last", "begun"), [(8, 8), (12, 16)], ids=["between shards", "within a shard"])
+def test_a_worker_that_falls_ill_later_is_told_by_its_canary(
+    tmp_path: Path, reference: dict, monkeypatch: pytest.MonkeyPatch, last: int, begun: int
+) -> None:
+    monkeypatch.setattr(batches, "CANARY_EVERY", 1)
+    store, renderer = synthetic_set(str(tmp_path / "set")), Fading(last=last)
+    with pytest.raises(SickWorker, match="image is constant"):
+        render_all(store, wanted_rows(), renderer)
+    assert renderer.rendered == begun
+    assert len(store.done()) == 1
+    assert Attempt(store, 1, "next").history.carried is None
+    assert statuses(str(tmp_path / "set")) == {}
+    render_all(store, wanted_rows(), FakeRenderer())
+    assert images(store) == reference
+
+
+@pytest.mark.parametrize(("image", "fault"), [
+    (np.zeros((1, 2, 2)), "image is constant"), (np.full((3, 2, 2), np.nan), "pixels are not finite"),
+    (np.array([[[0.5, np.inf]]]), "pixels are not finite"), (np.array([[[0.5, 0.5001]]]), None),
+    (np.stack([np.zeros((2, 2)), np.ones((2, 2))]), None), (np.zeros((1, 1, 1)), None),
+])  # fmt: skip
+def test_what_cannot_be_an_image(image: np.ndarray, fault: str | None) -> None:
+    assert fault_in(image.astype(np.float32)) == fault
 
 
 def test_a_lost_first_opinion_is_rendered_again(tmp_path: Path, reference: dict) -> None:
