@@ -63,8 +63,7 @@ def _stages(experiment: Experiment, stages: list[str], dry_run: bool, retry_fail
     from raysynth.stages.noise import without_ray_noise
 
     with without_ray_noise():
-        for stage in stages:
-            pipeline.do(stage, retry_failed)
+        pipeline.run(stages, retry_failed)
     if stages[-1] == "generate":
         from raysynth.report import write_contact_sheet
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +104,10 @@ class Arm:
     """Factor -> value of this arm, and the arm's own changes."""
     experiment: Experiment
     """The experiment with the arm's keys and seed, and no sweep."""
+    of: str = ""
+    """Its name in `sweep.arms`; empty where there are none."""
+    factors: tuple[str, ...] = ()
+    """Keys of `sweep.factors`."""
 
 
 def arms(e: Experiment) -> list[Arm]:
@@ -117,29 +120,44 @@ def arms(e: Experiment) -> list[Arm]:
     alone = dataclasses.replace(e.evaluation, primary=Primary())
     base = dataclasses.replace(e, sweep=Sweep(), evaluation=alone)
     merged = _merge(OmegaConf.structured(Experiment), dataclasses.asdict(base))
-    named = s.chosen or {"" if s.factors else e.training_set.strategy: {}}
     found = []
-    for name, changes in named.items():
-        for values in itertools.product(*s.factors.values()):
-            factors = dict(zip(s.factors, values, strict=True))
-            words = [name, *(f"{key.rpartition('.')[2]} {value}" for key, value in factors.items())]
-            label = ", ".join(w for w in words if w)
-            settings = {**(changes or {}), **factors}
-            for seed in s.seeds:
-                try:
-                    arm = _varied(merged, {**settings, **dict.fromkeys(s.seed_keys, seed)})
-                except ConfigError as error:
-                    where = f"sweep.arms[{name}].{error.key}" if s.arms else f"sweep.{error.key}"
-                    raise ConfigError(where, error.got, error.allowed, error.remedy) from error
-                found.append(Arm(label, seed, settings, arm))
+    for name, factors, label in s.crossed(e.training_set.strategy):
+        settings = {**(s.arms.get(name) or {}), **factors}
+        for seed in s.seeds:
+            with keys_of_arm(name, s.factors):
+                arm = _varied(merged, {**settings, **dict.fromkeys(s.seed_keys, seed)})
+            found.append(Arm(label, seed, settings, arm, name, tuple(s.factors)))
     return found
+
+
+@contextmanager
+def keys_of_arm(of: str, factors: Collection[str]) -> Iterator[None]:
+    """Errors of an arm are told with the key where it differs from the others: `sweep.factors.KEY` or
+    `sweep.arms[NAME].KEY`.
+
+    Args:
+        of, factors: as `Arm` has them.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if any(f"{error.key}.".startswith(f"{key}.") for key in factors):
+            where = f"sweep.factors.{error.key}"
+        elif of and not error.key.startswith("data.split"):  # no arm has splits of its own
+            where = f"sweep.arms[{of}].{error.key}"
+        else:
+            raise
+        raise type(error)(where, error.got, error.allowed, error.remedy) from error
 
 
 def external_data(e: Experiment, name: str) -> Experiment:
     """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
     section = e.evaluation.test_sets[name]
-    # Every image of it is tested: however this experiment's own are split, it is the same set.
-    data = dataclasses.replace(e.data, split=Split())
+    # Every image of it is tested: however this experiment's own are split, it is the same set, and nobody asks that
+    # its rarest class has patients for three splits.
+    data = dataclasses.replace(
+        e.data, split=Split(val=0, test=0), columns=dataclasses.replace(e.data.columns, split=None)
+    )
     alone = dataclasses.replace(e, data=data, sweep=Sweep(), evaluation=Evaluation())
     with keys_of_test_set(name):
         return vary(alone, {"data": section, "name": f"{e.name}-{name}"})

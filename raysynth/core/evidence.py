@@ -7,6 +7,7 @@ A field whose default is `null` takes its value from the images (see `core.prese
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +197,7 @@ class Evaluation:
     seed: int = 0
     test_sets: dict[str, Any] = field(default_factory=dict)
     """Name -> a `data` section of its own: an external test set, every image of which is tested. Keys left out are
-    those of `data`."""
+    those of `data`, but for its splits: it needs none."""
     fidelity: Fidelity = field(default_factory=Fidelity)
 
 
@@ -219,3 +220,17 @@ class Sweep:
     def chosen(self) -> dict[str, Any]:
         """The arms that are compared."""
         return {name: keys for name, keys in self.arms.items() if not self.only or name in self.only}
+
+    def crossed(self, strategy: str) -> list[tuple[str, dict[str, Any], str]]:
+        """The arms that are compared, for any seed: name in `arms` (empty without), factor -> value, and what each is
+        called.
+
+        Args:
+            strategy: `training_set.strategy`, after which an experiment without arms and factors is called.
+        """
+        found = []
+        for name, values in itertools.product(self.chosen or [""], itertools.product(*self.factors.values())):
+            factors = dict(zip(self.factors, values, strict=True))
+            words = [name, *(f"{key.rpartition('.')[2]} {value}" for key, value in factors.items())]
+            found.append((name, factors, ", ".join(w for w in words if w) or strategy))
+        return found

@@ -5,6 +5,8 @@ As `core.checks`, which calls this: input is an `Experiment`, output nothing or 
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,6 +53,13 @@ def _check_training_set(e: Experiment) -> None:
         require(
             t.strategy in ("mix", "permuted"), "training_set.real_fraction", t.real_fraction,
             "null unless the strategy mixes real and synthetic images", f"strategy is {t.strategy}.",
+        )  # fmt: skip
+        batch = e.classifier.batch_size if e.classifier else 0
+        real = round(t.real_fraction * batch)
+        require(
+            0 < real < batch or not batch, "training_set.real_fraction", t.real_fraction,
+            "a fraction that leaves real and synthetic images a place",
+            f"It makes {real} of classifier.batch_size ({batch}) images real.",
         )  # fmt: skip
     share = t.pretrain.step_share
     require(0 < share < 1, "training_set.pretrain.step_share", share, "between 0 and 1")
@@ -151,18 +160,22 @@ def _check_sweep(e: Experiment) -> None:
             isinstance(values, list) and bool(values), f"sweep.factors.{key}", values, "a list of values",
             f"Write [{values}].",
         )  # fmt: skip
+        require(
+            not any(a == b or f"{a}" == f"{b}" for a, b in itertools.combinations(values, 2)), f"sweep.factors.{key}",
+            values, "different values", "Each makes an arm; one that is there twice would count its seeds twice.",
+        )  # fmt: skip
     _check_changes(s)
     if (s.arms or s.factors) and e.classifier is None:
         require(False, "classifier", None, "a section where there is a sweep", "Add `classifier: {}` for defaults.")
     p = e.evaluation.primary
     if p.arm or p.against:
+        known = [name for _, _, name in s.crossed(e.training_set.strategy)]
         for key, arm in (("arm", p.arm), ("against", p.against)):
-            # With factors the names are longer; they are checked when the arms are known.
-            known = ", ".join(s.chosen)
             require(
-                bool(arm) and (bool(s.factors) or arm in s.chosen), f"evaluation.primary.{key}", arm,
-                f"an arm of the sweep ({known})",
+                arm in known, f"evaluation.primary.{key}", arm, f"an arm of the sweep ({', '.join(known)})",
+                f"Did you mean {near[0]}?" if (near := difflib.get_close_matches(arm, known, n=1)) else "",
             )  # fmt: skip
+        require(p.arm != p.against, "evaluation.primary.against", p.against, "another arm than evaluation.primary.arm")
 
 
 def _check_changes(s: Sweep) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysynth.core.errors import ConfigError, DataError
+from raysynth.core.errors import DataError
 from raysynth.data.labels import apply_policy, label_array, label_columns
 from raysynth.data.strata import seeded_hash
 from raysynth.data.views import BalancedOrder, MixedOrder, Order, ShuffledOrder, View, table_groups
@@ -48,11 +48,11 @@ class Feed:
         batch_size: global batch.
         seed: another order.
         balanced: classes (or findings, none and not known) equally often, instead of as often as among the members.
-        real_fraction: exactly round(real_fraction * batch_size) real images in every batch; null: as in the union.
+        real_fraction: exactly round(real_fraction * batch_size) real images in every batch, at least one and not all,
+            of a phase that has both sources; null: as in the union.
         policy: `data.labels.policy`.
 
     Raises:
-        ConfigError: `real_fraction` leaves one source no place in the batch.
         DataError: no member in this phase; a member that its view does not have; views of different shapes.
     """
 
@@ -94,11 +94,6 @@ class Feed:
         if real_fraction is None:
             return order(np.arange(len(self)), self.batch_size, "all")
         real = round(real_fraction * self.batch_size)
-        if len(self.views) < 2 or not 0 < real < self.batch_size:
-            raise ConfigError(
-                "training_set.real_fraction", real_fraction, "a fraction that leaves real and synthetic images a place",
-                f"It makes {real} of {self.batch_size} images real; the training set has {' and '.join(self.views)}.",
-            )  # fmt: skip
         shares = ((np.flatnonzero(~self.synthetic), real), (np.flatnonzero(self.synthetic), self.batch_size - real))
         parts = [(order(places, share, s), places) for (places, share), s in zip(shares, SOURCES)]
         return MixedOrder(parts, int(seeded_hash("feed", self.seed, [f"{self.phase} places"])[0]))

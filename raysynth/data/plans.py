@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -142,13 +143,30 @@ def _source_hashes(sources: pa.Table, single: bool) -> Iterator[hashlib.blake2b]
         yield hashlib.blake2b(text + json.dumps(image_id).encode() + b"\0", digest_size=16)
 
 
-def selection(e: Experiment) -> Plan:
-    """What is rendered: the selection of `plan`; where it has none, that of `training_set`, if it trains on any."""
+def selected_by(e: Experiment) -> str:
+    """The section that selects what is rendered: `plan`; where that selects nothing, a `training_set` that trains on
+    any."""
     p, t = e.plan, e.training_set
     typed = p.ratio is not None or p.n_synth is not None or p.quota
-    if typed or e.classifier is None or not t.needs_synthetic:
-        return p
-    return dataclasses.replace(p, ratio=t.ratio, n_synth=t.n_synth, quota=t.quota)
+    return "plan" if typed or e.classifier is None or not t.needs_synthetic else "training_set"
+
+
+def selection(e: Experiment) -> Plan:
+    """What is rendered, by the section of `selected_by`."""
+    t = e.training_set
+    if selected_by(e) == "plan":
+        return e.plan
+    return dataclasses.replace(e.plan, ratio=t.ratio, n_synth=t.n_synth, quota=t.quota)
+
+
+@contextmanager
+def keys_of_selection(section: str) -> Iterator[None]:
+    """Errors of `select` and `selected_count`, which speak of `plan`, are told of the section that selects."""
+    try:
+        yield
+    except DataError as error:
+        key = error.key.replace("plan.", f"{section}.", 1)
+        raise DataError(key, error.got, error.allowed, error.remedy) from error
 
 
 def selected_count(rows: int, n_real: int, wanted: Plan) -> int:

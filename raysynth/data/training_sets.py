@@ -25,7 +25,7 @@ from raysynth.core.errors import ConfigError, DataError
 from raysynth.core.evidence import TrainingSet
 from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import LABEL, label_names, members_schema
-from raysynth.data.plans import plan_rows, select
+from raysynth.data.plans import keys_of_selection, plan_rows, select
 from raysynth.data.strata import primary_label, seeded_order, used_labels
 from raysynth.data.subsets import generator_rows, patient_order, real_subset
 
@@ -106,7 +106,7 @@ def choose(
         phases = [[real]] * t.stages
     notes += _check_classes(phases, e)
     validation = validation_ids(table, t, subset, policy)
-    notes += _check_validation(table, validation, policy)
+    notes += check_validation(table, validation, policy)
     members = pa.concat_tables([_members(k, part) for k, parts in enumerate(phases) for part in parts])
     return Chosen(
         members, _phase_steps(t, e.classifier.steps), validation, n_real=_distinct(members, "real"),
@@ -167,11 +167,8 @@ def _wanted(e: Experiment, plan: pa.Table, n_real: int) -> np.ndarray:
     """Rows of the plan that `training_set` selects, (N,) bool."""
     t, policy = e.training_set, e.data.labels.policy
     asked = dataclasses.replace(e.plan, ratio=t.ratio, n_synth=t.n_synth, quota=t.quota)
-    try:
+    with keys_of_selection("training_set"):
         chosen = select(plan, n_real, asked, policy)
-    except DataError as error:  # it speaks of the plan's own keys
-        key = error.key.replace("plan.", "training_set.", 1)
-        raise DataError(key, error.got, error.allowed, error.remedy) from error
     rendered = select(plan, n_real, e.plan, policy)
     for key in ("ratio", "n_synth"):
         if getattr(t, key) is not None and (chosen & ~rendered).any():
@@ -265,7 +262,7 @@ def _check_classes(phases: list[list[_Part]], e: Experiment) -> list[str]:
     return notes
 
 
-def _check_validation(table: pa.Table, ids: list[str], policy: Mapping[str, str]) -> list[str]:
+def check_validation(table: pa.Table, ids: list[str], policy: Mapping[str, str]) -> list[str]:
     """Raises DataError if no finding has both a positive and a negative image; notes those that have not."""
     rows = table.filter(pc.is_in(table["image_id"], value_set=pa.array(ids, pa.string())))
     names, known = label_names(table.schema), _known([rows], policy)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raysynth.core.errors import ConfigError
+from raysynth.core.errors import require
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.data.feed import Feed
 from raysynth.data.predictions import truth, with_probabilities
@@ -73,7 +73,7 @@ class Loop:
         """Trains to the end and leaves the best checkpoint's model and predictions in the artifact's folder.
 
         Raises:
-            ConfigError: the loss stopped being finite.
+            ConfigError: the loss, or what is said of validation images, stopped being finite.
             MemoryFault: it takes more memory than the device has.
         """
         with enough_memory(MEMORY_REMEDY):
@@ -108,18 +108,23 @@ class Loop:
         least = np.maximum(positive, 1)
         return negative / least if self.task.kind == "multi" else positive.sum() / (len(positive) * least)
 
+    def _require_finite(self, what: str, finite: bool) -> None:
+        require(
+            finite, "classifier.lr", self.task.classifier.lr,
+            f"lower: {what} not finite by step {self.training.step}",
+            "Try a third of it, or more classifier.warmup_steps.",
+        )  # fmt: skip
+
     def _validate(self, phase: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            c = self.task.classifier
-            raise ConfigError(
-                "classifier.lr", c.lr, f"lower: the loss was not finite by step {self.training.step}",
-                "Try a third of it, or more classifier.warmup_steps.",
-            )  # fmt: skip
+        self._require_finite("the loss was", math.isfinite(loss))
         final = phase == len(self.task.phase_steps) - 1
         row: dict[str, Any] = {}
         if self.rank == 0:
             images, predictions = self.validation
-            table = with_probabilities(predictions, self.training.predict(images), self.task.classes)
+            said = self.training.predict(images)
+            # A last step may break weights that no loss was computed with.
+            self._require_finite("predictions were", bool(np.isfinite(said).all()))
+            table = with_probabilities(predictions, said, self.task.classes)
             scores = validation_scores(table, self.task.classes, self.task.kind)
             value = scores["val_loss" if self.task.classifier.monitor == "loss" else self.task.classifier.monitor]
             row = {
@@ -216,4 +221,4 @@ def validation_view(task: ClassifierTask, view: View) -> tuple[np.ndarray, pa.Ta
     """Pixels (N, H, W, C) uint8 and a predictions table without probabilities, of the task's validation images."""
     place = {name: i for i, name in enumerate(view.index["image_id"].to_pylist())}
     positions = [place[i] for i in task.validation]
-    return view.images(positions), truth(view.index.take(positions), "val", task.classes, task.policy)
+    return view.images(positions), truth(view.index.take(positions), "val", task.classes, task.policy, task.kind)

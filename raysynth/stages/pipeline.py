@@ -17,6 +17,7 @@ from raysynth.core.progress import say
 from raysynth.core.storage import Storage, open_storage
 from raysynth.stages import cluster
 from raysynth.stages.adoption import adopt, check_given, given_artifact, say_seen
+from raysynth.stages.after_ingest import look_ahead
 from raysynth.stages.evaluate import evaluate, evaluate_artifact
 from raysynth.stages.external import import_artifact, take_listing
 from raysynth.stages.fidelity import fidelity, fidelity_artifact
@@ -192,6 +193,16 @@ class Pipeline:
             found.append(artifact)
         return found
 
+    def run(self, stages: Sequence[str], retry_failed: bool = False) -> None:
+        """`do` of some stages in order. What ingest's table tells against one of them is told before the others."""
+        if "ingest" in stages:
+            self.do("ingest")
+        rest = [stage for stage in stages if stage != "ingest"]
+        if "sweep" not in rest and self.images.complete:  # a sweep looks ahead itself, for each of its arms
+            look_ahead(self, rest)
+        for stage in rest:
+            self.do(stage, retry_failed)
+
     def do(self, stage: str, retry_failed: bool = False) -> Artifact:
         """Runs one stage, or says that it is done.
 
@@ -216,7 +227,7 @@ class Pipeline:
             self.__dict__[name] = artifact
 
     def _ingest_test_sets(self) -> None:
-        ingest_test_sets(self.experiment, self.storage, lambda: self.resources)
+        ingest_test_sets(self.experiment, self.storage, self.images, lambda: self.resources)
 
     def _do(self, stage: str, retry_failed: bool) -> Artifact:
         e, s = self.experiment, self.storage

@@ -27,7 +27,15 @@ from raysynth.core.progress import console, say
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.balance import joint_table
-from raysynth.data.plans import plan_rows, plan_sources, select, selected_count, selection
+from raysynth.data.plans import (
+    keys_of_selection,
+    plan_rows,
+    plan_sources,
+    select,
+    selected_by,
+    selected_count,
+    selection,
+)
 from raysynth.stages.external import external_plan, import_artifact, per_class
 from raysynth.synth.wanted import Wanted, pack
 
@@ -110,14 +118,15 @@ def wanted_rows(experiment: Experiment, storage: Storage, artifact: Artifact) ->
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group, columns)
 
-    if chosen.quota:
-        rows = load_plan(storage, artifact)
-        mask = select(rows, info["n_real"], chosen, experiment.data.labels.policy)
-        ranks, stop = np.flatnonzero(mask).astype(np.int32), rows.num_rows
-        del rows
-    else:  # a plan is stored by rank: its first rows
-        stop = selected_count(info["rows"], info["n_real"], chosen)
-        ranks, mask = np.arange(stop, dtype=np.int32), None
+    with keys_of_selection(selected_by(experiment)):
+        if chosen.quota:
+            rows = load_plan(storage, artifact)
+            mask = select(rows, info["n_real"], chosen, experiment.data.labels.policy)
+            ranks, stop = np.flatnonzero(mask).astype(np.int32), rows.num_rows
+            del rows
+        else:  # a plan is stored by rank: its first rows
+            stop = selected_count(info["rows"], info["n_real"], chosen)
+            ranks, mask = np.arange(stop, dtype=np.int32), None
 
     def read(columns: list[str] | None = None) -> Iterator[pa.Table]:
         at = 0

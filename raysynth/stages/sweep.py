@@ -25,6 +25,7 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json
 from raysynth.core.progress import say
 from raysynth.core.schemas import from_parquet, to_parquet
+from raysynth.stages.after_ingest import check_arms, check_judging
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.train_classifier import Trial, classifier_artifact, needs_generator, prepare
 
@@ -68,11 +69,14 @@ def sweep(pipeline: Pipeline, experiment: Experiment, retry_failed: bool = False
         retry_failed: render rows recorded as failed once more.
 
     Raises:
+        DataError: an arm cannot be trained or judged as the experiment says; told before anything is trained.
         GateFailed: too many rows failed, or trials did; the other trials are done, and the table says why.
         EnvironmentFault: storage or cluster; the same command continues.
     """
-    own = pipeline.arm_pipelines
-    make_images(own, retry_failed)
+    _ensure(pipeline, "ingest")
+    check_judging(experiment, pipeline.storage, pipeline.images)
+    if retry_failed or not is_done(pipeline, experiment):
+        make_images(pipeline.arm_pipelines, retry_failed)
     trials = find_trials(pipeline, experiment)
     artifact = sweep_artifact(pipeline, experiment, trials)
     if artifact.complete:
@@ -89,6 +93,13 @@ def sweep(pipeline: Pipeline, experiment: Experiment, retry_failed: bool = False
     artifact.commit({"trials": len(trials), "distinct": len(distinct), "trained": len(missing)})
     say(f"{STAGE}: {len(trials)} trials done ({len(missing)} trained now); {artifact.path}")
     return artifact
+
+
+def is_done(pipeline: Pipeline, experiment: Experiment) -> bool:
+    """Whether every trial is trained, and nothing needs to be looked at again."""
+    found = named_trials(pipeline.arm_pipelines)
+    named = [t for t in found if t is not None]
+    return len(named) == len(found) and sweep_artifact(pipeline, experiment, named).complete
 
 
 def arm_pipelines(pipeline: Pipeline, experiment: Experiment) -> list[tuple[Arm, Pipeline]]:
@@ -155,9 +166,14 @@ def sweep_artifact(pipeline: Pipeline, experiment: Experiment, trials: Sequence[
 
 
 def make_images(own: Sequence[tuple[Arm, Pipeline]], retry_failed: bool = False) -> None:
-    """Runs every stage before the classifiers that some arm needs and that is missing, or may have failed rows."""
+    """Runs every stage before the classifiers that some arm needs and that is missing, or may have failed rows.
+
+    Raises:
+        DataError: no arm is trained and nothing is rendered where one of them cannot be: see `check_arms`.
+    """
     for _, p in own:
         _ensure(p, "ingest")
+    check_arms(own)
     for _, p in own:
         if needs_generator(p.experiment):
             _ensure(p, "train-generator")

@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 from raysynth.core.config import external_data
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.presets import resolve_classifier
-from raysynth.core.schemas import from_parquet, label_names
+from raysynth.core.schemas import from_parquet
 from raysynth.core.storage import Storage
-from raysynth.data.plans import plan_rows, plan_sources, select, selection
-from raysynth.data.strata import used_labels
+from raysynth.data.plans import keys_of_selection, plan_rows, plan_sources, select, selected_by, selection
+from raysynth.data.predictions import arrays, truth
 from raysynth.stages.external import external_plan
+from raysynth.stages.ingest import load_vocabulary
 from raysynth.stages.plan import wanted_rows
 from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
@@ -139,7 +140,8 @@ def _wanted(p: Pipeline) -> np.ndarray:
         return wanted_rows(e, p.storage, p.plan).keys
     sources = plan_sources(from_parquet(p.storage.get(p.images.file("table.parquet"))), e)
     rows = external_plan(e, p.storage, p.images) if e.generator.kind == "external" else plan_rows(sources, e)
-    mask = select(rows, sources.num_rows, selection(e), e.data.labels.policy)
+    with keys_of_selection(selected_by(e)):
+        mask = select(rows, sources.num_rows, selection(e), e.data.labels.policy)
     return pack(rows.filter(pa.array(mask))["row_key"])
 
 
@@ -202,15 +204,16 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
     v, kind = experiment.evaluation, experiment.data.labels.kind
     own = v.primary.test_set == "test"
     p = pipeline if own else type(pipeline)(external_data(experiment, v.primary.test_set))
-    if not p.images.complete:
+    if not (p.images.complete and pipeline.images.complete):
         return None
     table = from_parquet(p.storage.get(p.images.file("table.parquet")))
     if own:  # of an external test set every image is tested
         table = table.filter(pc.equal(table["split"], "test"))
     policy = (experiment if own else p.experiment).data.labels.policy
-    labels = used_labels(table, policy)
+    classes = load_vocabulary(p.storage, pipeline.images)["classes"]
+    labels, _ = arrays(truth(table, v.primary.test_set, classes, policy, kind), classes)
     counts = {name: (int((column == 1).sum()), int((column == 0).sum()))
-              for column, name in zip(labels.T, label_names(table.schema), strict=True)
+              for column, name in zip(labels.T, classes, strict=True)
               if not v.findings or name in v.findings}  # fmt: skip
     counts = {name: n for name, n in counts.items() if min(n) >= v.min_positives}
     if not counts:

@@ -22,7 +22,7 @@ from raysynth.core.experiment import Compute, Experiment, Generator
 from raysynth.core.identity import content_digest
 from raysynth.core.presets import resolve_generator, resolve_image
 from raysynth.core.progress import say
-from raysynth.core.schemas import ATTRIBUTE, LABEL, from_parquet, to_parquet
+from raysynth.core.schemas import ATTRIBUTE, LABEL, to_parquet
 from raysynth.core.storage import Storage
 from raysynth.data.conditions import ConditionSpec
 from raysynth.data.labels import check_policy
@@ -31,6 +31,7 @@ from raysynth.data.subsets import generator_rows
 from raysynth.stages import training_loop
 from raysynth.stages.adoption import SEEN, seen_table
 from raysynth.stages.cluster import slots
+from raysynth.stages.ingest import load_table, load_vocabulary
 from raysynth.stages.trainer import fit
 from raysynth.stages.training_log import TrainingLog
 from raysynth.stages.views import build_view
@@ -71,18 +72,12 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
     if artifact.complete:
         return artifact
     generator = _resolved(experiment)
-    table = from_parquet(storage.get(images.file("table.parquet")))
-    ids = generator_rows(table, experiment)
-    rows = training_rows(table, ids)
-    vocabulary = json.loads(storage.get(images.file("vocabulary.json")))
-    labels = experiment.data.labels
-    check_policy(labels, vocabulary["classes"])
-    spec = ConditionSpec.build(vocabulary, generator.conditions, _columns(rows), labels.policy)
-    # Refuses now what rendering would refuse row by row, after hours of training.
-    spec.encode(_columns(plan_sources(table, experiment)))
+    vocabulary = load_vocabulary(storage, images)
+    rows, spec = learned(experiment, load_table(storage, images), vocabulary)
+    ids = sorted(rows["image_id"].to_pylist())
     workers, gpu = _workers(generator, experiment.compute)
+    view = build_view(experiment, storage, images, generator.size or 0, ids)
     if not storage.exists(artifact.file("export.json")):
-        view = build_view(experiment, storage, images, generator.size or 0, ids)
         channels = 1 if resolve_image(experiment.data.image).channels == "grey" else 3
         facts = {
             "n_real_generator": len(ids), "train_on": generator.train_on, "images_digest": images.digest(),
@@ -99,8 +94,23 @@ def train_generator(experiment: Experiment, storage: Storage, images: Artifact) 
                 experiment.compute, log.queue,
             )  # fmt: skip
             _fit(task, artifact, workers, gpu)
-    _commit(artifact, storage, experiment, rows, workers if gpu else 0)
+    _commit(artifact, storage, experiment, rows, workers if gpu else 0, view)
     return artifact
+
+
+def learned(experiment: Experiment, table: pa.Table, vocabulary: dict[str, Any]) -> tuple[pa.Table, ConditionSpec]:
+    """The rows of ingest's table that the generator is trained on, and how it is told what they show.
+
+    Raises:
+        DataError: as `train_generator`.
+    """
+    labels = experiment.data.labels
+    check_policy(labels, vocabulary["classes"])
+    rows = training_rows(table, generator_rows(table, experiment))
+    spec = ConditionSpec.build(vocabulary, experiment.generator.conditions, _columns(rows), labels.policy)
+    # Refuses now what rendering would refuse row by row, after hours of training.
+    spec.encode(_columns(plan_sources(table, experiment)))
+    return rows, spec
 
 
 def training_rows(table: pa.Table, ids: Sequence[str]) -> pa.Table:
@@ -187,11 +197,14 @@ def _fit(task: training_loop.Task, artifact: Artifact, workers: int, gpu: bool) 
         )  # fmt: skip
 
 
-def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table, gpus: int) -> None:
+def _commit(
+    artifact: Artifact, storage: Storage, experiment: Experiment, rows: pa.Table, gpus: int, view: Artifact
+) -> None:
     """Ends the artifact.
 
     Args:
         gpus: that the training processes hold.
+        view: what they read.
     """
     files: dict[str, str] = json.loads(storage.get(artifact.file("export.json")))
     for name, sha256 in files.items():
@@ -206,6 +219,7 @@ def _commit(artifact: Artifact, storage: Storage, experiment: Experiment, rows: 
         licences=[experiment.data.licence],
         compute=dataclasses.asdict(experiment.compute),
         train_seconds=seconds,
+        views=[view.path],
     )
     for entry in storage.list(artifact.file("checkpoints")):
         storage.delete(entry.path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from raysynth.core.config import arms, build_experiment, external_data, load_experiment, vary
 from raysynth.core.errors import ConfigError
 from raysynth.core.experiment import Experiment
 from raysynth.core.presets import resolve_classifier
+from raysynth.data.splits import assign_splits, require_every_split
 
 
 def experiment(**sections: Any) -> Experiment:
@@ -54,6 +56,21 @@ def test_only_some_arms() -> None:
         experiment(sweep={**sweep, "only": ["mix x3"]}, evaluation=primary)
 
 
+def test_the_primary_contrast_names_arms_with_their_factors() -> None:
+    def contrast(arm: str, against: str) -> Experiment:
+        named = {"real": {"training_set.strategy": "real"}, "mix": {}}
+        sweep = {"arms": named, "factors": {"sampling.steps": [5, 9]}}
+        return experiment(sweep=sweep, evaluation={"primary": {"arm": arm, "against": against}})
+
+    for arm in ("mix", "mix, steps 5, steps 9", ""):
+        with pytest.raises(ConfigError, match=r"primary.arm: got .* an arm of the sweep \(real, steps 5, .*steps 9\)"):
+            contrast(arm, "real, steps 5")
+    with pytest.raises(ConfigError, match=r"primary.against: got 'rael, steps 5'.*Did you mean real, steps 5"):
+        contrast("mix, steps 5", "rael, steps 5")
+    e = contrast("mix, steps 9", "real, steps 9")
+    assert {"mix, steps 9", "real, steps 9"} < {a.name for a in arms(e)}
+
+
 def test_an_experiment_without_a_sweep_is_one_arm() -> None:
     assert [(a.name, a.seed, a.settings) for a in arms(experiment())] == [("mix", 0, {})]
 
@@ -61,6 +78,8 @@ def test_an_experiment_without_a_sweep_is_one_arm() -> None:
 @pytest.mark.parametrize(("changes", "text"), [
     ({"training_set.strategi": "real"}, r"sweep.arms\[x\].training_set.strategi: .*Did you mean training_set.strategy"),
     ({"training_set.ratio": -1}, r"sweep.arms\[x\].training_set.ratio: got -1.0, must be > 0.*strategy: real"),
+    ({"training_set.real_fraction": 0.2, "classifier.batch_size": 2},
+     r"sweep.arms\[x\].training_set.real_fraction: got 0.2, .*It makes 0 of classifier.batch_size \(2\) images real"),
     ({"training_set.ratio": 99}, r"at most the ratio that is rendered \(10\).*plan.replicas=99"),
     ({"evaluation.seed": 3}, "Arms differ in what is made and trained, not judged"),
     ("real", "a mapping of keys to values"),
@@ -108,12 +127,18 @@ def test_factors_and_seeds_judge_alike(key: str) -> None:
 
 @pytest.mark.parametrize(("sections", "text"), [
     ({"sweep": {"factors": {"sampling.steps": 5}}}, "sweep.factors.sampling.steps: .*a list of values"),
+    ({"sweep": {"factors": {"sampling.steps": [5, 0]}}}, "sweep.factors.sampling.steps: got 0, must be"),
+    ({"sweep": {"factors": {"training_set.ratio": [1, 1.0]}}},
+     r"sweep.factors.training_set.ratio: got \[1, 1.0\], must be different values.*count its seeds twice"),
+    ({"sweep": {"factors": {"generator.preset": ["small", "large", "small"]}}}, "must be different values"),
     ({"sweep": {"seeds": [1, 1]}}, "sweep.seeds"),
     ({"sweep": {"seeds": [0, 1], "seed_keys": ["generator.seed"]}},
      r"sweep.seed_keys: got \['generator.seed'\], must be a list with classifier.seed .* one classifier, counted"),
     ({"sweep": {"arms": {"a": {}}}, "classifier": None}, "classifier: got None.*Add `classifier: {}`"),
     ({"sweep": {"arms": {"a": {}, "b": {}}}, "evaluation": {"primary": {"arm": "a", "against": "c"}}},
      "evaluation.primary.against: got 'c', must be an arm"),
+    ({"sweep": {"arms": {"a": {}, "b": {}}}, "evaluation": {"primary": {"arm": "b", "against": "b"}}},
+     "evaluation.primary.against: got 'b', must be another arm than evaluation.primary.arm"),
     ({"evaluation": {"primary": {"test_set": "mars"}}}, "evaluation.primary.test_set.*one of test"),
     ({"evaluation": {"test_sets": {"val": {}}}}, "another name"),
     ({"evaluation": {"test_sets": {"mars": {"kind": "cvs"}}}}, "evaluation.test_sets.mars.kind.*Did you mean csv"),
@@ -125,6 +150,8 @@ def test_factors_and_seeds_judge_alike(key: str) -> None:
     ({"classifier": {"architectur": "x"}}, "Did you mean classifier.architecture"),
     ({"training_set": {"ratio": 1, "n_synth": 5}}, "at most one of ratio, n_synth, quota"),
     ({"training_set": {"strategy": "real", "real_fraction": 0.5}}, "null unless the strategy mixes"),
+    ({"training_set": {"real_fraction": 0.001}}, r"real_fraction: got 0.001, .*It makes 0 of classifier.batch_size"),
+    ({"training_set": {"real_fraction": 0.999}}, "real_fraction: got 0.999, .*It makes 64 of classifier.batch_size"),
     ({"training_set": {"strategy": "pretrain"}, "classifier": {"steps": 1}}, "pretrain.step_share"),
 ])  # fmt: skip
 def test_what_is_refused(sections: dict[str, Any], text: str) -> None:
@@ -139,6 +166,19 @@ def test_an_external_test_set_is_laid_over_the_data() -> None:
     assert mars.data.image == e.data.image
     # However the experiment's own images are split, it is the same set.
     assert external_data(vary(e, {"data.split": {"seed": 7, "test": 0.3}}), "mars") == mars
+    assert external_data(vary(e, {"data.columns.split": "fold"}), "mars") == mars
+
+
+def test_a_class_of_one_image_does_not_refuse_an_external_test_set() -> None:
+    """It could not be in three splits; but every image of the set is tested, so none is asked for."""
+    sets = {"mars": {}, "typed": {"split": {"test": 0.3}, "columns": {"split": "fold"}}}
+    e = experiment(evaluation={"test_sets": sets})
+    split = external_data(e, "mars").data.split
+    patients, of_class = [f"p{i}" for i in range(12)], np.array([[1, 0]] * 11 + [[0, 1]]) == 1
+    dealt = assign_splits(np.arange(12), patients, [None] * 12, of_class, split).split
+    assert not require_every_split("single", ["benign", "rare"], of_class, dealt, [None])
+    typed = external_data(e, "typed").data
+    assert (typed.split.val, typed.split.test, typed.columns.split) == (0, 0.3, "fold")
 
 
 def test_vary_changes_only_what_is_said() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.errors import DataError
+from raysynth.core.evidence import Classifier
 from raysynth.core.experiment import Data, Experiment, Labels, Plan, TrainingSet
 from raysynth.core.schemas import to_parquet
 from raysynth.core.storage import Storage, open_storage
@@ -110,5 +111,8 @@ def test_a_selection_is_the_same_plan(storage: Storage, images: Artifact) -> Non
 
 
 def test_more_than_the_plan_has_is_refused(storage: Storage, images: Artifact) -> None:
+    trained = dataclasses.replace(experiment(), classifier=Classifier(), training_set=TrainingSet(5, n_synth=61))
+    with pytest.raises(DataError, match=r"training_set.n_synth: got 61, must be at most 60"):
+        plan(trained, storage, images)
     with pytest.raises(DataError, match=r"plan.ratio: got 5.0, must be at most 4 .*Raise plan.replicas"):
         plan(experiment(ratio=5.0), storage, images)
