@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import Arm, arms
+from raysynth.core.config import Arm, arms, keys_of_arm
 from raysynth.core.errors import EnvironmentFault, GateFailed
 from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json
@@ -150,7 +150,8 @@ def _synthetic(p: Pipeline) -> bool:
 
 
 def _trial(arm: Arm, p: Pipeline, generated: Artifact | None) -> Planned:
-    classifier = classifier_artifact(arm.experiment, p.storage, p.images, generated)
+    with keys_of_arm(arm.of, arm.factors):
+        classifier = classifier_artifact(arm.experiment, p.storage, p.images, generated)
     return Planned(arm.name, arm.seed, arm.experiment, classifier, arm.settings, p.images, generated)
 
 
