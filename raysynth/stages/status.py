@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -86,13 +87,15 @@ class Status:
 
     def look(self) -> RenderableType:
         """Artifacts, the progress of rendering, and how many trials of a sweep are trained."""
-        parts: list[RenderableType] = [artifacts_table(self.pipeline)]
+        trained, trials = self._trials()
+        # A sweep writes its own folder at its end only: what it has trained so far lies beside it.
+        parts: list[RenderableType] = [artifacts_table(self.pipeline, ["sweep"] if trained else [])]
         for status in self._renderings():
             now = status.read()
             spare = 2 + parts[0].row_count if isinstance(parts[0], Table) else 2
             notes = status.notes(now)
             parts += ["", Picture(now, spare=spare + len(notes)), *(Text(note, no_wrap=True) for note in notes)]
-        parts += self._trials()
+        parts += [f"trials: {trained:,}/{trials:,} trained"] if trials else []
         return Group(*parts)
 
     def _renderings(self) -> list[SetStatus]:
@@ -110,19 +113,20 @@ class Status:
         self._sets = found
         return list(found.values())
 
-    def _trials(self) -> list[str]:
+    def _trials(self) -> tuple[int, int]:
+        """Trained and all trials of a sweep; zeros for anything else, and before its images are made."""
         if not is_sweep(self.pipeline.experiment):
-            return []
+            return 0, 0
         try:
             trials = find_trials(self.pipeline, self.pipeline.experiment)
         except EnvironmentFault:
-            return []
+            return 0, 0
         distinct = {t.classifier.path: t.classifier.complete for t in trials}
-        return [f"trials: {sum(distinct.values()):,}/{len(distinct):,} trained"]
+        return sum(distinct.values()), len(distinct)
 
 
-def artifacts_table(pipeline: Pipeline) -> Table:
-    """One line a stage: done, begun or missing, and its folder."""
+def artifacts_table(pipeline: Pipeline, begun: Sequence[str] = ()) -> Table:
+    """One line a stage: done, begun or missing, and its folder. `begun`: stages known to be, whatever is in theirs."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("stage", "state", "folder"):
         table.add_column(column)
@@ -130,8 +134,8 @@ def artifacts_table(pipeline: Pipeline) -> Table:
         if artifact is None:
             table.add_row(stage, "waits", "named when the stages before it are done")
         else:
-            begun = not artifact.complete and bool(pipeline.storage.list(artifact.path))
-            state = "done" if artifact.complete else "begun" if begun else "missing"
+            some = not artifact.complete and (stage in begun or bool(pipeline.storage.list(artifact.path)))
+            state = "done" if artifact.complete else "begun" if some else "missing"
             table.add_row(stage, state, pipeline.storage.url(artifact.path))
     return table
 

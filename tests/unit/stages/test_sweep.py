@@ -174,6 +174,23 @@ def test_dry_run_prices_what_is_left_at_the_pace_of_finished_classifiers(tmp_pat
     assert "sweep: 0.60 trial hours of training, cost 0.90" in found.lines()
 
 
+def test_status_of_a_sweep_whose_trials_are_trained_one_by_one(tmp_path: Path) -> None:
+    pipeline = ingested(experiment(tmp_path, {s: {"training_set.strategy": s} for s in ("real", "duplicate")}))
+
+    def states() -> str:
+        text = io.StringIO()
+        Console(file=text, width=200).print(Status(pipeline).look())
+        return " ".join(text.getvalue().split())
+
+    assert "sweep missing" in states()
+    assert "trials: 0/4 trained" in states()
+    done = find_or_none(pipeline)[0]
+    done.put("members.parquet", b"")
+    done.commit({"steps": 50})
+    assert "sweep begun" in states()
+    assert "trials: 1/4 trained" in states()
+
+
 def find_or_none(pipeline: Pipeline) -> list[Artifact]:
     return [t.classifier for t in named_trials(pipeline.arm_pipelines) if t is not None]
 
