@@ -14,7 +14,7 @@ from raysynth.stages.generated import load_index
 from raysynth.stages.overview import show_dry_run, verify_set
 from raysynth.stages.pipeline import Pipeline, stages_of
 from raysynth.stages.status import show_status
-from tests.unit.stages.test_external import as_csv
+from tests.rendered_elsewhere import as_csv
 
 pytestmark = pytest.mark.ray
 
