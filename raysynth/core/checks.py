@@ -20,16 +20,19 @@ from raysynth.core.presets import resolve_generator
 
 def check(e: Experiment) -> None:
     """Everything that can be known to be wrong before any data is read. Raises ConfigError."""
-    require(
-        re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", e.name) is not None, "name", e.name,
-        "letters, digits, dash, underscore", "It names folders.",
-    )  # fmt: skip
-    _check_finite(e, "")
-    _check_data(e)
+    check_images(e)
     _check_generator(e)
     _check_plan(e)
     _check_compute(e)
     check_evidence(e)
+
+
+def check_images(e: Experiment) -> None:
+    """What concerns the real images alone, which are all there is to an external test set. Raises ConfigError."""
+    require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", e.name) is not None, "name", e.name,
+            "letters, digits, dash, underscore", "It names folders.")  # fmt: skip
+    _check_finite(e, "")
+    _check_data(e)
 
 
 def _check_finite(value: Any, key: str) -> None:
@@ -52,6 +55,8 @@ def _check_seed(key: str, seed: int) -> None:
 def _check_data(e: Experiment) -> None:
     d = e.data
     require(d.kind == "digits" or bool(d.path), "data.path", d.path, "set", "Where are the real images?")
+    require(d.kind != "class_folders" or not d.images, "data.images", d.images, "left out with kind: class_folders",
+            "data.path is the folder of class folders.")  # fmt: skip
     if d.kind in ("csv", "parquet"):
         c = d.columns
         require(

@@ -6,8 +6,10 @@ and the remedy.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from raysynth.core.checks import check
-from raysynth.core.errors import ConfigError
+from raysynth.core.checks import check, check_images
+from raysynth.core.errors import ConfigError, require
 from raysynth.core.evidence import Evaluation, Primary, Sweep
-from raysynth.core.experiment import Experiment, Split
-from raysynth.core.keys import check_keys, explain_value
+from raysynth.core.experiment import Columns, Data, Experiment, Split
+from raysynth.core.keys import check_keys, explain_value, is_typed, taken_apart
 from raysynth.core.presets import resolve_classifier, resolve_generator, resolve_image
 
 
@@ -70,11 +72,16 @@ def build_experiment(content: dict[str, Any], overrides: Sequence[str] = ()) -> 
 
 
 def _built(merged: Any) -> Experiment:
+    experiment = _object(merged)
+    check(experiment)
+    return experiment
+
+
+def _object(merged: Any) -> Experiment:
     try:
         experiment: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise _explain(error, merged) from error
-    check(experiment)
     return experiment
 
 
@@ -124,55 +131,110 @@ def arms(e: Experiment) -> list[Arm]:
     for name, factors, label in s.crossed(e.training_set.strategy):
         settings = {**(s.arms.get(name) or {}), **factors}
         for seed in s.seeds:
-            with keys_of_arm(name, s.factors):
+            with keys_of_arm(name, settings, s.factors):
                 arm = _varied(merged, {**settings, **dict.fromkeys(s.seed_keys, seed)})
             found.append(Arm(label, seed, settings, arm, name, tuple(s.factors)))
     return found
 
 
 @contextmanager
-def keys_of_arm(of: str, factors: Collection[str]) -> Iterator[None]:
-    """Errors of an arm are told with the key where it differs from the others: `sweep.factors.KEY` or
-    `sweep.arms[NAME].KEY`.
+def keys_of_arm(of: str, settings: Mapping[str, Any], factors: Collection[str]) -> Iterator[None]:
+    """Errors of an arm are told with the key where it was typed: `sweep.factors.KEY` or `sweep.arms[NAME].KEY` where
+    they differ between arms, else KEY itself.
 
     Args:
-        of, factors: as `Arm` has them.
+        of, settings, factors: as `Arm` has them.
     """
     try:
         yield
     except ConfigError as error:
-        if any(f"{error.key}.".startswith(f"{key}.") for key in factors):
-            where = f"sweep.factors.{error.key}"
-        elif of and not error.key.startswith("data.split"):  # no arm has splits of its own
-            where = f"sweep.arms[{of}].{error.key}"
-        else:
-            raise
-        raise type(error)(where, error.got, error.allowed, error.remedy) from error
+        key, remedy = error.key, error.remedy
+        by_factor, own = ([k for k, _ in taken_apart({k: v for k, v in settings.items() if (k in factors) is wanted})]
+                          for wanted in (True, False))  # fmt: skip
+        if is_typed(key, by_factor):
+            key = f"sweep.factors.{key}"
+        elif is_typed(key, own):
+            key = f"sweep.arms[{of}].{key}"
+        elif of:
+            remedy = f"{remedy} Found in the arm {of}.".lstrip()
+        raise type(error)(key, error.got, error.allowed, remedy) from error
+
+
+OF_THE_IMAGES = ("images", "licence")
+"""Keys of `data` that say nothing of images from elsewhere. `dataset` may: its patients may be the same people."""
+NAMED = (("columns", "findings"), ("columns", "attributes"), ("labels", "policy"))
+"""Mappings of `data`, whose entries a test set may lack."""
 
 
 def external_data(e: Experiment, name: str) -> Experiment:
     """The experiment of an external test set: `evaluation.test_sets[name]` laid over `data`. Raises ConfigError."""
-    section = e.evaluation.test_sets[name]
+    with keys_of_test_set(e, name):
+        taken, section = _taken_over(e.data, e.evaluation.test_sets[name])
+        merged = _merge(OmegaConf.structured(Experiment), {"name": f"{e.name}-{name}", "data": taken})
+        own = _object(_merge(merged, {"data": section}))
+        found = dataclasses.replace(e, name=own.name, data=own.data, sweep=Sweep(), evaluation=Evaluation())
+        check_images(found)
+        channels, trained = (str(resolve_image(d.image).channels) for d in (own.data, e.data))
+        require(
+            channels == trained, "data.image.channels", channels, f"{trained}, as classifiers are trained",
+            f"Type {trained}, whatever the preset says: images are converted as they are read.",
+        )  # fmt: skip
+    return found
+
+
+def _taken_over(data: Data, section: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a test set has of `data`, and what is to be laid over it: its section without what that sets to null."""
     # Every image of it is tested: however this experiment's own are split, it is the same set, and nobody asks that
     # its rarest class has patients for three splits.
-    data = dataclasses.replace(
-        e.data, split=Split(val=0, test=0), columns=dataclasses.replace(e.data.columns, split=None)
-    )
-    alone = dataclasses.replace(e, data=data, sweep=Sweep(), evaluation=Evaluation())
-    with keys_of_test_set(name):
-        return vary(alone, {"data": section, "name": f"{e.name}-{name}"})
+    columns = dataclasses.replace(data.columns, split=None)
+    taken = dataclasses.asdict(dataclasses.replace(data, split=Split(val=0, test=0), columns=columns))
+    own: dict[str, Any] = copy.deepcopy(dict(section))
+    if "path" in own or "kind" in own:
+        taken |= dict.fromkeys(OF_THE_IMAGES, "")
+    for part, key in NAMED:
+        typed = _mapping(own, part).get(key, ())
+        if typed is None or typed == {}:
+            taken[part][key] = own[part].pop(key) or {}
+        elif isinstance(typed, dict):
+            for lacking in [n for n, v in typed.items() if v is None and n in taken[part][key]]:
+                del taken[part][key][lacking], typed[lacking]
+                if key == "findings":
+                    taken["labels"]["classes"] = [c for c in taken["labels"]["classes"] if c != lacking]
+                    taken["labels"]["policy"].pop(lacking, None)
+    if own.get("kind", data.kind) not in ("csv", "parquet"):  # which have columns: nor is a patient told by one
+        taken["columns"] = dataclasses.asdict(Columns())
+    if _mapping(own, "columns").get("label"):
+        taken["columns"]["findings"] = {}
+    elif _mapping(own, "columns").get("findings"):
+        taken["columns"]["label"] = None
+    if classes := _mapping(own, "labels").get("classes"):
+        taken["labels"]["policy"] = {k: v for k, v in taken["labels"]["policy"].items() if k in classes}
+    return taken, own
+
+
+def _mapping(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A section as it was typed; empty where it is none, which is refused when it is laid over the others."""
+    return found if isinstance(found := content.get(key), dict) else {}
 
 
 @contextmanager
-def keys_of_test_set(name: str) -> Iterator[None]:
-    """Errors of an external test set's `data` section are told with the key where it stands."""
+def keys_of_test_set(e: Experiment, name: str) -> Iterator[None]:
+    """Errors of an external test set's `data` section are told with the key where it stands, and what to type there if
+    it stands in `data`."""
     try:
         yield
     except ConfigError as error:
-        if not error.key.startswith("data"):
+        section, _, key = error.key.partition(".")
+        if section != "data":
             raise
-        key = f"evaluation.test_sets.{name}{error.key.removeprefix('data')}"
-        raise type(error)(key, error.got, error.allowed, error.remedy) from error
+        at, typed = f"evaluation.test_sets.{name}", (k for k, _ in taken_apart(e.evaluation.test_sets[name]))
+        keys = "|".join(f.name for f in dataclasses.fields(Data))
+        allowed, remedy = (re.sub(rf"\bdata\.(?=({keys})\b)", f"{at}.", s) for s in (error.allowed, error.remedy))
+        key = f"{at}.{key}".rstrip(".")
+        may_lack = error.key.startswith(("data.columns.", "data.labels.policy.")) and error.key != "data.columns.file"
+        if may_lack and not is_typed(key, (f"{at}.{k}" for k in typed)):
+            remedy = f"{remedy} It is taken over from `data`: type {key}: null where the set has none.".lstrip()
+        raise type(error)(key, error.got, allowed, remedy) from error
 
 
 def _merge(base: Any, content: dict[str, Any]) -> Any:

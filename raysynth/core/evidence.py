@@ -197,7 +197,8 @@ class Evaluation:
     seed: int = 0
     test_sets: dict[str, Any] = field(default_factory=dict)
     """Name -> a `data` section of its own: an external test set, every image of which is tested. Keys left out are
-    those of `data`, but for its splits: it needs none."""
+    those of `data`, but for its splits, and for images and licence where `path` or `kind` is typed; null takes out a
+    column, attribute, finding or policy that the set has not."""
     fidelity: Fidelity = field(default_factory=Fidelity)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+import re
 from typing import Any
 
 from raysynth.core.errors import require
 from raysynth.core.evidence import Sweep
 from raysynth.core.experiment import Experiment
+from raysynth.core.keys import taken_apart
 
 JUDGING = ("sweep", "evaluation", "compute", "root", "name")
 """What every arm shares whole."""
@@ -123,6 +124,8 @@ def _check_evaluation(e: Experiment) -> None:
         )  # fmt: skip
     for name, section in v.test_sets.items():
         key = f"evaluation.test_sets.{name}"
+        require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None, key, name, "letters, digits, dash, underscore",
+                "It names folders.")  # fmt: skip
         require(name not in ("test", "val", "train"), key, name, "another name", "It names the split of `data`.")
         require(isinstance(section, dict), key, section, "a section of keys like `data`")
     known = ("test", *v.test_sets)
@@ -142,6 +145,7 @@ def _check_sweep(e: Experiment) -> None:
     s = e.sweep
     require(bool(s.seeds), "sweep.seeds", s.seeds, "at least one seed")
     require(len(set(s.seeds)) == len(s.seeds), "sweep.seeds", s.seeds, "different seeds")
+    require(all(0 <= seed < 2**63 for seed in s.seeds), "sweep.seeds", s.seeds, "each 0 to 2^63 - 1")
     require(
         len(s.seeds) == 1 or e.classifier is None or "classifier.seed" in s.seed_keys, "sweep.seed_keys", s.seed_keys,
         "a list with classifier.seed where there are several seeds",
@@ -179,10 +183,10 @@ def _check_sweep(e: Experiment) -> None:
 
 
 def _check_changes(s: Sweep) -> None:
-    """Refuses keys of arms, factors and seeds in which arms may not differ."""
+    """Refuses keys of arms, factors and seeds in which arms may not differ, and those that two of them set."""
     typed = [(f"sweep.arms[{name}].", changes or {}) for name, changes in s.arms.items()]
     typed += [("sweep.factors.", {key: value}) for key, values in s.factors.items() for value in values]
-    changed = [(prefix + key, key, value) for prefix, changes in typed for key, value in _taken_apart(changes)]
+    changed = [(prefix + key, key, value) for prefix, changes in typed for key, value in taken_apart(changes)]
     for where, key, got in [*changed, *(("sweep.seed_keys", key, key) for key in s.seed_keys)]:
         section = key.split(".")[0]
         require(
@@ -196,12 +200,30 @@ def _check_changes(s: Sweep) -> None:
             "images read as theirs were. Write one experiment a split; images from elsewhere go under "
             "evaluation.test_sets, other sizes into classifier.size and generator.size.",
         )  # fmt: skip
+    _check_overwritten(s, changed)
 
 
-def _taken_apart(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything that dotted keys and nested sections set."""
-    for key, value in changes.items():
-        if isinstance(value, Mapping):
-            yield from _taken_apart(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def _check_overwritten(s: Sweep, changed: list[tuple[str, str, Any]]) -> None:
+    """Refuses values that the sweep itself would replace: several arms, told apart by them, would be one classifier.
+
+    Args:
+        changed: of arms and factors: the key as typed, the key that it sets, its value.
+    """
+    for where, key, got in changed:
+        if key in s.seed_keys:
+            # With several seeds classifier.seed must stay among the seed keys.
+            free = key != "classifier.seed" or len(s.seeds) == 1
+            require(
+                False, where, got, "left out: every arm takes sweep.seeds there",
+                "List its values under sweep.seeds" + (f", or take {key} out of sweep.seed_keys." if free else "."),
+            )  # fmt: skip
+    set_by = {name: {name, *(key for v in values for key, _ in taken_apart({name: v}))}
+              for name, values in s.factors.items()}  # fmt: skip
+    for arm, changes in s.arms.items():
+        own = changes or {}
+        for key, got in [*own.items(), *taken_apart(own)]:
+            factor = next((name for name, keys in set_by.items() if key in keys), None)
+            require(
+                factor is None, f"sweep.arms[{arm}].{key}", got, f"left out: sweep.factors.{factor} sets it",
+                "Write one arm a value instead of the factor, or leave it to the factor.",
+            )  # fmt: skip

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from raysynth.core.errors import ConfigError
@@ -69,6 +69,21 @@ def all_keys(section: type = Experiment, prefix: str = "") -> list[str]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found += all_keys(hint, f"{prefix}{key}.")
     return found
+
+
+def taken_apart(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that dotted keys and nested sections set."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from taken_apart(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def is_typed(key: str, typed: Iterable[str]) -> bool:
+    """Whether `key` is one of the typed keys, a part of one such as `list[0]`, or the section that one is in."""
+    at = key.replace("[", ".") + "."
+    return any(at.startswith(f"{k}.") or f"{k}.".startswith(at) for k in typed)
 
 
 def explain_value(key: str, got: Any) -> ConfigError:

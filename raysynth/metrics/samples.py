@@ -99,12 +99,11 @@ def fixed_set(sample: Sample, wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(wanted)) or list(sample.names)
 
 
-def require_known(key: str, wanted: Sequence[str], known: Sequence[str], test_set: str = "") -> None:
-    """Raises DataError for the first of `wanted`, the list under `key`, that is not known (in the test set)."""
+def require_known(key: str, wanted: Sequence[str], known: Sequence[str]) -> None:
+    """Raises DataError for the first of `wanted`, the list under `key`, that is not known."""
     for i, name in enumerate(wanted):
         if name not in known:
-            of = f" in the test set {test_set}" if test_set else ""
-            raise DataError(f"{key}[{i}]", name, f"one of {', '.join(known)}{of}", did_you_mean(name, known))
+            raise DataError(f"{key}[{i}]", name, f"one of {', '.join(known)}", did_you_mean(name, known))
 
 
 def groups(sample: Sample, wanted: Sequence[str]) -> dict[str, np.ndarray]:
@@ -113,10 +112,7 @@ def groups(sample: Sample, wanted: Sequence[str]) -> dict[str, np.ndarray]:
     Args:
         wanted: attributes, `site`, or `*` for all of them (`evaluation.subgroups`). Ages are judged by their bins
             where there are any; `site` gives groups where there are several. Images whose value is not known are in
-            no group of that attribute.
-
-    Raises:
-        DataError: an attribute that is not there.
+            no group of that attribute; a test set without an attribute has no groups of it.
     """
     everyone = {"": np.arange(len(sample))}
     return everyone | {n: rows for found in _by_attribute(sample, wanted).values() for n, rows in found.items()}
@@ -135,12 +131,11 @@ def intersections(sample: Sample, wanted: Sequence[str]) -> dict[str, np.ndarray
 
 def _by_attribute(sample: Sample, wanted: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
     columns: Mapping[str, list[str | None]] = sample.attributes | {"site": sample.site}
-    require_known("evaluation.subgroups", wanted, ["*", *columns], sample.test_set)
     names: list[str] = []
     for name in wanted:
         if name == "*":
             names += [n for n, column in columns.items() if len(set(column)) <= MAX_GROUPS or _binned(n, columns)]
-        else:
+        elif name in columns:
             names.append(name)
     found = {}
     for name in dict.fromkeys("age_bin" if _binned(n, columns) else n for n in names):

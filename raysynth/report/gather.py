@@ -166,11 +166,13 @@ def _curves(trials: Sequence[Trial]) -> pd.DataFrame:
 
 
 def _fidelity(fidelities: Sequence[Artifact], rendered: dict[str, Pipeline]) -> pd.DataFrame:
+    if not fidelities:  # extractor: none
+        return pd.DataFrame()
     frames = []
     for artifact, p in zip(fidelities, rendered.values(), strict=True):
         frame = _table(artifact, "fidelity.parquet")
         frames.append(frame.assign(generator=_sheet_words(p)))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return pd.concat(frames, ignore_index=True)
 
 
 def _sheet_words(p: Pipeline) -> str:

@@ -57,7 +57,7 @@ def check_arms(own: Sequence[tuple[Arm, Pipeline]]) -> None:
         content = canonical_json(parts)
         if content not in looked_at:
             looked_at.add(content)
-            with keys_of_arm(arm.of, arm.factors):
+            with keys_of_arm(arm.of, arm.settings, arm.factors):
                 _check(p, MAKING)
 
 
@@ -84,21 +84,22 @@ def _check(p: Pipeline, stages: Collection[str]) -> None:
 
 
 def check_judging(e: Experiment, storage: Storage, images: Artifact) -> None:
-    """Whether the test sets that are ingested have what `evaluation.findings` and `evaluation.subgroups` name.
+    """Whether there is what `evaluation.findings` and `evaluation.subgroups` name: an attribute in some test set, which
+    the others may lack.
 
     Args:
         images: the complete ingest artifact of `data`.
 
     Raises:
-        DataError: one of them has not.
+        DataError: there is not.
     """
     v = e.evaluation
     if v.findings:
         require_known("evaluation.findings", v.findings, load_vocabulary(storage, images)["classes"])
     if set(v.subgroups) <= {"*"}:
         return
-    sets = {"test": images, **{name: artifact for name, (_, artifact) in external_sets(e, storage).items()}}
-    for name, artifact in sets.items():
-        if artifact.complete:
-            known = attribute_names(load_table(storage, artifact).schema)
-            require_known("evaluation.subgroups", v.subgroups, ["*", *known, "site"], name)
+    known = ["*", *attribute_names(load_table(storage, images).schema), "site"]
+    for external, artifact in external_sets(e, storage).values():
+        there = artifact.complete
+        known += attribute_names(load_table(storage, artifact).schema) if there else external.data.columns.attributes
+    require_known("evaluation.subgroups", v.subgroups, list(dict.fromkeys(known)))

@@ -53,7 +53,7 @@ def external_sets(e: Experiment, storage: Storage) -> dict[str, tuple[Experiment
     found = {}
     for name in e.evaluation.test_sets:
         external = external_data(e, name)
-        with keys_of_test_set(name):
+        with keys_of_test_set(e, name):
             found[name] = external, ingest_artifact(external, storage)[0]
     return found
 
@@ -71,7 +71,7 @@ def ingest_test_sets(e: Experiment, storage: Storage, images: Artifact, connect:
     """
     for name, (external, artifact) in external_sets(e, storage).items():
         images.digest()
-        with keys_of_test_set(name):
+        with keys_of_test_set(e, name):
             if not artifact.complete:
                 connect()
                 artifact = ingest(external, storage)

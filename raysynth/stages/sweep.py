@@ -150,7 +150,7 @@ def _synthetic(p: Pipeline) -> bool:
 
 
 def _trial(arm: Arm, p: Pipeline, generated: Artifact | None) -> Planned:
-    with keys_of_arm(arm.of, arm.factors):
+    with keys_of_arm(arm.of, arm.settings, arm.factors):
         classifier = classifier_artifact(arm.experiment, p.storage, p.images, generated)
     return Planned(arm.name, arm.seed, arm.experiment, classifier, arm.settings, p.images, generated)
 

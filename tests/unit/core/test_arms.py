@@ -1,17 +1,15 @@
-"""Arms of a sweep, external test sets, and what is refused in the sections that ask whether the images help."""
+"""Arms of a sweep, and what is refused in the sections that ask whether the images help."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from raysynth.core.config import arms, build_experiment, external_data, load_experiment, vary
+from raysynth.core.config import arms, build_experiment, load_experiment, vary
 from raysynth.core.errors import ConfigError
 from raysynth.core.experiment import Experiment
 from raysynth.core.presets import resolve_classifier
-from raysynth.data.splits import assign_splits, require_every_split
 
 
 def experiment(**sections: Any) -> Experiment:
@@ -111,6 +109,53 @@ def test_arms_share_images_patients_and_splits(key: str) -> None:
             experiment(sweep=sweep)
 
 
+@pytest.mark.parametrize(("sweep", "text"), [
+    ({"factors": {"classifier.seed": [1, 2, 3]}},
+     r"sweep.factors.classifier.seed: got 1, must be left out: .*, or take classifier.seed out of sweep.seed_keys"),
+    ({"factors": {"classifier.seed": [1, 2]}, "seeds": [0, 1]}, r"got 1, .*List its values under sweep.seeds\.$"),
+    ({"arms": {"a": {}, "b": {"classifier": {"seed": 1}}}}, r"sweep.arms\[b\].classifier.seed: got 1, "),
+    ({"arms": {"b": {"training_set.seed": 7}}, "seed_keys": ["classifier.seed", "training_set.seed"]},
+     r"sweep.arms\[b\].training_set.seed: got 7, .* take training_set.seed out of"),
+    ({"arms": {"x3": {"training_set.ratio": 3}}, "factors": {"training_set.ratio": [1, 2]}},
+     r"sweep.arms\[x3\].training_set.ratio: got 3, .*left out: sweep.factors.training_set.ratio sets it"),
+    ({"arms": {"x3": {"training_set": {"ratio": 3}}}, "factors": {"training_set.ratio": [1, 2]}},
+     r"sweep.arms\[x3\].training_set.ratio: got 3, "),
+    ({"arms": {"x3": {"training_set": {"ratio": 3}}}, "factors": {"training_set": [{"strategy": "real"}]}},
+     r"sweep.arms\[x3\].training_set: got {'ratio': 3}, "),
+])  # fmt: skip
+def test_no_arm_types_what_the_sweep_overwrites(sweep: dict[str, Any], text: str) -> None:
+    """Else one classifier would count as several arms."""
+    with pytest.raises(ConfigError, match=text):
+        experiment(sweep=sweep)
+
+
+@pytest.mark.parametrize(("sweep", "seeds"), [
+    ({"seeds": [1, 2, 3]}, [1, 2, 3]),
+    ({"factors": {"classifier.seed": [1, 2, 3]}, "seed_keys": []}, [1, 2, 3]),
+    ({"factors": {"generator.seed": [1, 2]}}, [0, 0]),
+    ({"arms": {"a": {"training_set.seed": 1}, "b": {"training_set.seed": 2}}, "seeds": [4]}, [4, 4]),
+])  # fmt: skip
+def test_seeds_are_swept_as_the_refusal_says(sweep: dict[str, Any], seeds: list[int]) -> None:
+    found = [a.experiment for a in arms(experiment(sweep=sweep))]
+    assert [e.classifier.seed for e in found if e.classifier] == seeds
+    drawn = {(e.classifier.seed, e.generator.seed, e.training_set.seed) for e in found if e.classifier}
+    assert len(drawn) == len(seeds)
+
+
+@pytest.mark.parametrize(("base", "sweep", "text"), [
+    ({"training_set": {"real_fraction": 0.2}}, {"arms": {"small": {"classifier.batch_size": 2}}},
+     r"^training_set.real_fraction: got 0.2, .* images real. Found in the arm small\.$"),
+    ({"training_set": {"n_synth": 5}}, {"arms": {"x3": {"training_set": {"ratio": 3}}}},
+     r"^sweep.arms\[x3\].training_set: got \['ratio', 'n_synth'\], must be at most one"),
+    ({}, {"arms": {"a": {"training_set": {"fraction": 0.5, "n_per_class": None}}},
+          "factors": {"training_set.ratio": [1, -1]}}, r"^sweep.factors.training_set.ratio: got -1.0"),
+    ({}, {"arms": {"a": {"generator.conditions": ["label", "sex"]}}}, r"^sweep.arms\[a\].generator.conditions\[1\]: "),
+])  # fmt: skip
+def test_an_error_stands_where_its_key_was_typed(base: dict[str, Any], sweep: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        experiment(sweep=sweep, **base)
+
+
 def test_arms_may_read_annotations_otherwise() -> None:
     arms_ = {"a": {"data": {"labels": {"policy": {"1": "ones"}}}}, "b": {"data.age_bins": [50]}}
     found = [a.experiment.data for a in arms(experiment(sweep={"arms": arms_}))]
@@ -132,6 +177,7 @@ def test_factors_and_seeds_judge_alike(key: str) -> None:
      r"sweep.factors.training_set.ratio: got \[1, 1.0\], must be different values.*count its seeds twice"),
     ({"sweep": {"factors": {"generator.preset": ["small", "large", "small"]}}}, "must be different values"),
     ({"sweep": {"seeds": [1, 1]}}, "sweep.seeds"),
+    ({"sweep": {"seeds": [-1, 1]}}, r"^sweep.seeds: got \[-1, 1\], must be each 0 to"),
     ({"sweep": {"seeds": [0, 1], "seed_keys": ["generator.seed"]}},
      r"sweep.seed_keys: got \['generator.seed'\], must be a list with classifier.seed .* one classifier, counted"),
     ({"sweep": {"arms": {"a": {}}}, "classifier": None}, "classifier: got None.*Add `classifier: {}`"),
@@ -141,6 +187,7 @@ def test_factors_and_seeds_judge_alike(key: str) -> None:
      "evaluation.primary.against: got 'b', must be another arm than evaluation.primary.arm"),
     ({"evaluation": {"primary": {"test_set": "mars"}}}, "evaluation.primary.test_set.*one of test"),
     ({"evaluation": {"test_sets": {"val": {}}}}, "another name"),
+    ({"evaluation": {"test_sets": {"st. mary": {}}}}, "evaluation.test_sets.st. mary: .*letters, digits, dash"),
     ({"evaluation": {"test_sets": {"mars": {"kind": "cvs"}}}}, "evaluation.test_sets.mars.kind.*Did you mean csv"),
     ({"evaluation": {"bootstraps": 10}}, "evaluation.bootstraps"),
     ({"evaluation": {"fidelity": {"extractor": "vgg"}}}, "pixels, inception, timm:NAME"),
@@ -157,28 +204,6 @@ def test_factors_and_seeds_judge_alike(key: str) -> None:
 def test_what_is_refused(sections: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         experiment(**sections)
-
-
-def test_an_external_test_set_is_laid_over_the_data() -> None:
-    e = experiment(evaluation={"test_sets": {"mars": {"kind": "class_folders", "path": "/mars"}}})
-    mars = external_data(e, "mars")
-    assert (mars.name, mars.data.kind, mars.data.path) == ("lungs-mars", "class_folders", "/mars")
-    assert mars.data.image == e.data.image
-    # However the experiment's own images are split, it is the same set.
-    assert external_data(vary(e, {"data.split": {"seed": 7, "test": 0.3}}), "mars") == mars
-    assert external_data(vary(e, {"data.columns.split": "fold"}), "mars") == mars
-
-
-def test_a_class_of_one_image_does_not_refuse_an_external_test_set() -> None:
-    """It could not be in three splits; but every image of the set is tested, so none is asked for."""
-    sets = {"mars": {}, "typed": {"split": {"test": 0.3}, "columns": {"split": "fold"}}}
-    e = experiment(evaluation={"test_sets": sets})
-    split = external_data(e, "mars").data.split
-    patients, of_class = [f"p{i}" for i in range(12)], np.array([[1, 0]] * 11 + [[0, 1]]) == 1
-    dealt = assign_splits(np.arange(12), patients, [None] * 12, of_class, split).split
-    assert not require_every_split("single", ["benign", "rare"], of_class, dealt, [None])
-    typed = external_data(e, "typed").data
-    assert (typed.split.val, typed.split.test, typed.columns.split) == (0, 0.3, "fold")
 
 
 def test_vary_changes_only_what_is_said() -> None:

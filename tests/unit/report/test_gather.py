@@ -26,7 +26,7 @@ from raysynth.report import show_answer, write_report
 from raysynth.report.answer import answer
 from raysynth.report.costs import Made, behind, cost
 from raysynth.report.data import ReportData
-from raysynth.report.gather import _arms, gather
+from raysynth.report.gather import _arms, _fidelity, gather
 from raysynth.report.tables import recipes
 from raysynth.stages.evaluate import judge_trial
 from raysynth.stages.predictions import open_test_sets, predictions_artifact
@@ -142,6 +142,10 @@ def test_repeated_real_images_have_a_ratio_too(tmp_path: Path) -> None:
     for strategy, ratio in (("duplicate", 3), ("mix", 1)):
         facts = trial.facts | {"strategy": strategy, "ratio": 1 if strategy == "mix" else 0}
         assert _arms(SimpleNamespace(arm_pipelines=[]), [trial], [facts])["ratio"].tolist() == [ratio]
+
+
+def test_a_set_whose_fidelity_nobody_asked_for_has_none() -> None:
+    assert _fidelity([], {"generate/small": SimpleNamespace()}).empty
 
 
 def test_of_several_selections_the_largest_is_paid(data: ReportData) -> None:

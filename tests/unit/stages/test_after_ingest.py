@@ -13,6 +13,7 @@ from raysynth.core.experiment import Experiment
 from raysynth.core.schemas import from_parquet, to_parquet
 from raysynth.core.storage import open_storage
 from raysynth.stages import after_ingest, sweep
+from raysynth.stages.after_ingest import check_judging
 from raysynth.stages.pipeline import Pipeline, stages_of
 from tests.digits import digit_artifact
 from tests.unit.stages.test_sweep import ARMS, experiment, ingested
@@ -38,11 +39,17 @@ def told(e: Experiment, words: str, stages: list[str] | None = None) -> None:
     ({"plan.kind": "balanced", "plan.n": 40, "plan.targets": {"label=ten": 5}},
      r"plan\.targets\.label=ten: got 'label=ten"),
     ({"plan.over": ["sxe"]}, r"plan\.over\[0\]: got 'sxe', .*Did you mean sex"),
-    ({"generator.train_on": "donor", "training_set.n_per_class": 2},
-     r"label: got '9', must be a class the generator has seen"),
 ])  # fmt: skip
 def test_an_arm_is_named_before_the_first_generator(tmp_path: Path, arm: dict[str, Any], words: str) -> None:
     told(experiment(tmp_path, {"real": REAL, "x1": ARMS["x1"], "odd": arm}), rf"sweep\.arms\[odd\]\.{words}")
+
+
+def test_what_no_arm_typed_is_not_put_under_one(tmp_path: Path) -> None:
+    arm = {"generator.train_on": "donor", "training_set.n_per_class": 2}
+    e = experiment(tmp_path, {"real": REAL, "x1": ARMS["x1"], "odd": arm})
+    told(e, r"^label: got '9', must be a class the generator has seen.* Found in the arm odd\.$")
+    e = experiment(tmp_path, {"real": REAL, "x1": ARMS["x1"]}, training_set={"n_per_class": 30})
+    told(e, r"^training_set\.n_per_class: got 30, .* Found in the arm real\.$")
 
 
 def test_a_factor_is_named(tmp_path: Path) -> None:
@@ -55,7 +62,7 @@ def test_a_factor_is_named(tmp_path: Path) -> None:
     ({"training_set": {"quota": {"c9": 5}}}, r"training_set\.quota\.c9: got 5"),
     ({"plan": {"n_synth": 5000}, "classifier": None}, r"plan\.n_synth: got 5000"),
     ({"evaluation": {"subgroups": ["*", "sxe"]}},
-     r"evaluation\.subgroups\[1\]: got 'sxe', must be one of \*, sex, site in the test set test\. Did you mean sex"),
+     r"evaluation\.subgroups\[1\]: got 'sxe', must be one of \*, sex, site\. Did you mean sex"),
     ({"evaluation": {"findings": ["1", "ten"]}}, r"evaluation\.findings\[1\]: got 'ten', must be one of 0, 1, 2"),
 ])  # fmt: skip
 def test_one_experiment(tmp_path: Path, sections: dict[str, Any], words: str) -> None:
@@ -77,7 +84,12 @@ def test_an_external_test_set_without_the_attribute(tmp_path: Path, monkeypatch:
     mars.put("table.parquet", to_parquet(table.drop_columns(["attr_sex"])))
     mars.commit({})
     monkeypatch.setattr(after_ingest, "external_sets", lambda e, storage: {"mars": (e, mars)})
-    told(e, r"evaluation\.subgroups\[0\]: got 'sex', must be one of \*, site in the test set mars")
+    check_judging(e, own.storage, own)
+    own.put("table.parquet", to_parquet(table.drop_columns(["attr_sex"])))
+    with pytest.raises(DataError, match=r"evaluation\.subgroups\[0\]: got 'sex', must be one of \*, site\."):
+        check_judging(e, own.storage, own)
+    mars.put("table.parquet", to_parquet(table))
+    check_judging(e, own.storage, own)
 
 
 def test_validation_that_judges_nothing_is_told_to_who_trains_a_classifier(tmp_path: Path) -> None:
