@@ -55,21 +55,31 @@ def given_artifact(experiment: Experiment, storage: Storage) -> Artifact:
     Raises:
         DataError: there is no exported generator.
     """
-    path = experiment.generator.path.rstrip("/").removesuffix("/export")
-    inside = path.removeprefix(f"{STAGE}/") if path.startswith(f"{STAGE}/") else _below(storage, path)
-    if inside and storage.exists(f"{STAGE}/{inside}/_SUCCESS"):
-        return Artifact.open(storage, f"{STAGE}/{inside}")
+    inside = _inside(experiment, storage)
+    if inside and storage.exists(f"{inside}/_SUCCESS"):
+        return Artifact.open(storage, inside)
     there, folder, _ = _found(experiment)
     entries = there.list(folder)
     inputs = {"generator": digest([_relative(e, folder) for e in entries])}
     return Artifact.at(storage, STAGE, experiment.name, ADOPTION_VERSION, {"given": True}, inputs)
 
 
-def _below(storage: Storage, path: str) -> str:
-    """What of `path` is a folder name below this root's generators; empty where it lies elsewhere."""
+def seen_by_given(experiment: Experiment, storage: Storage) -> pa.Table | None:
+    """What the generator at `generator.path` was trained on, copied yet or not, as `seen_table`; None where it does not
+    say, or is not there yet."""
+    inside = _inside(experiment, storage)
+    around = storage if inside else open_storage(experiment.generator.path.rstrip("/").removesuffix("/export"))
+    path = f"{inside}/{SEEN}".lstrip("/")
+    return from_parquet(around.get(path)) if around.exists(path) else None
+
+
+def _inside(experiment: Experiment, storage: Storage) -> str:
+    """The folder of `generator.path` among this root's generators; empty where it lies elsewhere."""
+    path = experiment.generator.path.rstrip("/").removesuffix("/export")
+    if path.startswith(f"{STAGE}/"):
+        return path
     full = path if path.startswith("s3://") else os.path.abspath(os.path.expanduser(path))
-    start = f"{storage.root}/{STAGE}/"
-    return full.removeprefix(start) if full.startswith(start) else ""
+    return full.removeprefix(f"{storage.root}/") if full.startswith(f"{storage.root}/{STAGE}/") else ""
 
 
 def _relative(entry: Any, folder: str) -> Any:

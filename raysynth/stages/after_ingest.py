@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import Arm, keys_of_arm
+from raysynth.core.config import Arm
 from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json
 from raysynth.core.schemas import attribute_names
@@ -50,14 +50,14 @@ def check_arms(own: Sequence[tuple[Arm, Pipeline]]) -> None:
             class that there is not; a plan, generator or classifier that these images do not allow.
     """
     looked_at = set()
-    for arm, p in own:
+    for _, p in own:
         e, g = p.experiment, p.experiment.generator
         parts = [p.images.path, e.training_set, e.plan, e.data.labels, g.kind, g.path, g.train_on, g.conditions,
                  e.classifier and e.classifier.steps]  # fmt: skip
         content = canonical_json(parts)
         if content not in looked_at:
             looked_at.add(content)
-            with keys_of_arm(arm.of, arm.settings, arm.factors):
+            with p.keys():
                 _check(p, MAKING)
 
 
@@ -67,9 +67,11 @@ def _check(p: Pipeline, stages: Collection[str]) -> None:
     table = load_table(p.storage, p.images)
     sources, rows = plan_sources(table, e), None
     rendered = not trained or t.needs_synthetic
+    # Then nothing is lost by what is told where images are chosen from the plan; a million rows take 800 MB to look at.
+    planned = rendered and g.kind != "external" and p.generator.complete and p.plan.complete
     if rendered and "train-generator" in stages and not g.path:
         learned(e, table, load_vocabulary(p.storage, p.images))
-    if rendered and g.kind != "external":
+    if rendered and g.kind != "external" and not planned:
         cells_of(sources, e.plan.over, e.data.labels)
         rows = plan_rows(sources, e)
         with keys_of_selection(selected_by(e)):
@@ -77,7 +79,7 @@ def _check(p: Pipeline, stages: Collection[str]) -> None:
     if not trained:
         return
     elsewhere = g.kind == "external" if t.needs_synthetic else bool(g.path) and t.strategy == "upper_bound"
-    if elsewhere:
+    if elsewhere or planned:
         check_validation(table, validation_ids(table, t, sources["image_id"].to_pylist(), policy), policy)
     else:
         choose(e, table, rows, listed=rows)

@@ -88,13 +88,16 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
     artifact.put("comparisons.parquet", to_parquet(pa.Table.from_pandas(comparisons, preserve_index=False)))
     said = [{t.name: predictions_artifact(x, t) for t in sets} for x in trials]
     judged = {name: a.run_info()["counts"]["judged"] for name, a in said[0].items()}
+    seen = {t.name: t.seen for t in sets if t.seen}
     artifact.commit(
         {"classifiers": len(trials), "test_images": sum(judged.values()), "metrics": metrics.num_rows},
         trials={f"{x.arm}, seed {x.seed}": {"classifier": x.classifier.path,
                                             "predictions": {name: a.path for name, a in found.items()}}
                 for x, found in zip(trials, said, strict=True)},
+        seen_in_training=seen,
     )  # fmt: skip
-    where = ", ".join(f"{name} ({n:,})" for name, n in judged.items())
+    where = ", ".join(f"{name} ({n:,}{f'; {seen[name]:,} seen in training are left out' if name in seen else ''})"
+                      for name, n in judged.items())  # fmt: skip
     say(f"{STAGE}: {len(trials)} classifiers on {where}; {artifact.path}")
     return artifact
 

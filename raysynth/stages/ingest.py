@@ -51,20 +51,26 @@ PART_BYTES = 128 << 20
 LARGEST_PART = 4096
 
 
-def ingest_artifact(experiment: Experiment, storage: Storage) -> tuple[Artifact, SourceListing]:
+def ingest_artifact(experiment: Experiment, storage: Storage, tested: bool = False) -> tuple[Artifact, SourceListing]:
     """The artifact of the experiment's data as it is now, complete or not, and what the source holds.
+
+    Args:
+        tested: it is an external test set: every image is a test image, however its source splits them.
 
     Raises:
         DataError: the source cannot be listed.
     """
-    listing = list_source(experiment.data, experiment.name)
-    data = dataclasses.replace(
-        experiment.data, dataset=experiment.data.dataset or experiment.name, image=resolve_image(experiment.data.image)
-    )
+    data = experiment.data
+    if tested:
+        data = dataclasses.replace(data, columns=dataclasses.replace(data.columns, split=None))
+    listing = list_source(data, experiment.name)
+    data = dataclasses.replace(data, dataset=data.dataset or experiment.name, image=resolve_image(data.image))
     config = {k: v for k, v in dataclasses.asdict(data).items() if k not in UNHASHED}
     del config["labels"]["policy"]  # applied where labels are used
     inputs = {"source": listing.digest}
-    if keep := config["split"].pop("keep"):
+    if tested:
+        config["split"] = {"all": "test", **{k: config["split"][k] for k in ("patients", "hash_distance")}}
+    elif keep := config["split"].pop("keep"):
         inputs["keep"] = sha256_bytes(read_earlier(keep))
     return Artifact.at(storage, "ingest", experiment.name, STAGE_VERSION, config, inputs), listing
 
@@ -79,15 +85,15 @@ def load_vocabulary(storage: Storage, artifact: Artifact) -> dict[str, Any]:
     return json.loads(storage.get(artifact.file("vocabulary.json")))
 
 
-def ingest(experiment: Experiment, storage: Storage) -> Artifact:
-    """Makes the image table, unless it is there. Ray is connected by the caller.
+def ingest(experiment: Experiment, storage: Storage, tested: bool = False) -> Artifact:
+    """Makes the image table of `ingest_artifact`, unless it is there. Ray is connected by the caller.
 
     Raises:
         DataError: the data cannot be used as described.
         GateFailed: more rows were quarantined than `data.max_quarantined_fraction`; the message says where they are
             listed.
     """
-    artifact, listing = ingest_artifact(experiment, storage)
+    artifact, listing = ingest_artifact(experiment, storage, tested)
     if artifact.complete:
         say(f"ingest: {artifact.path} is complete")
         _clear_work(artifact)
@@ -102,7 +108,7 @@ def ingest(experiment: Experiment, storage: Storage) -> Artifact:
     facts = _decode(artifact, data, listing, slices, work)
     quarantine.add({row: why for row, why in enumerate(facts["reason"].to_pylist()) if why is not None})
     quarantine.check(*gate)
-    rows, by, notes = _assign(data, listing, facts, quarantine)
+    rows, by, notes = _assign(data, listing, facts, quarantine, tested)
     quarantine.check(*gate)
 
     schema = image_schema(listing.classes, listing.attributes)
@@ -176,13 +182,11 @@ def _decode(
 
 
 def _assign(
-    data: Data, listing: SourceListing, facts: pa.Table, quarantine: Quarantine
+    data: Data, listing: SourceListing, facts: pa.Table, quarantine: Quarantine, tested: bool
 ) -> tuple[pa.Table, str, list[str]]:
     """Patients and splits: the rows of the image table without pictures, how patients were told, and notes."""
     bad = {row: why for row, why in enumerate(facts["reason"].to_pylist()) if why is not None}
-    require_positives(
-        listing.classes, label_array(listing.rows, listing.classes), bad, "images that can be decoded"
-    )
+    require_positives(listing.classes, label_array(listing.rows, listing.classes), bad, "images that can be decoded")
     good = pc.is_null(facts["reason"])
     rows, facts = listing.rows.filter(good), facts.filter(good)
     if not rows.num_rows:
@@ -196,13 +200,11 @@ def _assign(
         facts["phash"].to_numpy() if by == "hash" else None,
         data.split.hash_distance,
     )
-    fixed = rows["split"].to_pylist()
+    fixed = ["test"] * rows.num_rows if tested else rows["split"].to_pylist()
     ids, earlier, notes = rows["image_id"].to_pylist(), None, list(listing.notes)
-    if data.split.keep:
+    if data.split.keep and not tested:
         table = from_parquet(read_earlier(data.split.keep))
-        earlier = earlier_splits(
-            table, ids, facts["pixel_sha256"].to_pylist(), patients if by == "column" else None
-        )
+        earlier = earlier_splits(table, ids, facts["pixel_sha256"].to_pylist(), patients if by == "column" else None)
         notes.append(kept_note(table, ids, earlier))
     result = assign_splits(units, patients, fixed, labels == 1, data.split, earlier)
     quarantine.add({facts["row"][i].as_py(): why for i, why in result.conflicts.items()})

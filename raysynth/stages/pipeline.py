@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import Arm
+from raysynth.core.config import Arm, keys_of_arm
 from raysynth.core.errors import EnvironmentFault
 from raysynth.core.experiment import Experiment
 from raysynth.core.progress import say
@@ -61,9 +62,18 @@ def stages_of(e: Experiment) -> list[str]:
 class Pipeline:
     """One experiment's artifacts. A stage's artifact can be named once those before it are complete."""
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment, arm: Arm | None = None) -> None:
+        """
+        Args:
+            arm: whose experiment it is, where it is one of several.
+        """
+        self.experiment, self.arm = experiment, arm
         self.storage: Storage = open_storage(experiment.root)
+
+    def keys(self) -> AbstractContextManager[None]:
+        """What names or makes an artifact of an arm from outside does it within this: see `keys_of_arm`."""
+        a = self.arm
+        return keys_of_arm(a.of, a.settings, a.factors) if a else nullcontext()
 
     @cached_property
     def resources(self) -> cluster.Resources:
@@ -227,7 +237,8 @@ class Pipeline:
             self.__dict__[name] = artifact
 
     def _ingest_test_sets(self) -> None:
-        ingest_test_sets(self.experiment, self.storage, self.images, lambda: self.resources)
+        if self.arm is None:  # all arms are judged on the sets of the whole experiment
+            ingest_test_sets(self.experiment, self.storage, self.images, lambda: self.resources)
 
     def _do(self, stage: str, retry_failed: bool) -> Artifact:
         e, s = self.experiment, self.storage

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from raysynth.core.artifacts import Artifact
-from raysynth.core.config import Arm, arms, keys_of_arm
+from raysynth.core.config import Arm, arms
 from raysynth.core.errors import EnvironmentFault, GateFailed
 from raysynth.core.experiment import Experiment
 from raysynth.core.identity import canonical_json
@@ -106,7 +106,7 @@ def arm_pipelines(pipeline: Pipeline, experiment: Experiment) -> list[tuple[Arm,
     """Every arm with the pipeline of its own experiment; `Pipeline.arm_pipelines` keeps them."""
     found = []
     for arm in arms(experiment):
-        own = type(pipeline)(arm.experiment)
+        own = type(pipeline)(arm.experiment, arm)
         if arm.experiment.data == experiment.data:
             # The source is listed once, not once an arm.
             own.images = pipeline.images
@@ -130,7 +130,11 @@ def find_trials(pipeline: Pipeline, experiment: Experiment) -> list[Planned]:
 
 
 def named_trials(own: Sequence[tuple[Arm, Pipeline]]) -> list[Planned | None]:
-    """The arms' trials, in order; None for those whose images are not made yet, which have no name before."""
+    """The arms' trials, in order; None for those whose images are not made yet, which have no name before.
+
+    Raises:
+        DataError: an arm selects more than its plan has, or trains on what cannot be trained on.
+    """
     ready = {i for i, (_, p) in enumerate(own) if is_planned(p)}
     sources = _cover({i: own[i][1] for i in ready if _synthetic(own[i][1])})
     ready -= {i for i, artifact in sources.items() if not artifact.complete}
@@ -139,10 +143,11 @@ def named_trials(own: Sequence[tuple[Arm, Pipeline]]) -> list[Planned | None]:
 
 def is_planned(p: Pipeline) -> bool:
     """Whether everything is there that an arm's images, or its real ones, are chosen from."""
-    return (
-        p.images.complete and (not needs_generator(p.experiment) or p.generator.complete)
-        and (not _synthetic(p) or p.plan.complete)
-    )  # fmt: skip
+    with p.keys():
+        return (
+            p.images.complete and (not needs_generator(p.experiment) or p.generator.complete)
+            and (not _synthetic(p) or p.plan.complete)
+        )  # fmt: skip
 
 
 def _synthetic(p: Pipeline) -> bool:
@@ -150,7 +155,7 @@ def _synthetic(p: Pipeline) -> bool:
 
 
 def _trial(arm: Arm, p: Pipeline, generated: Artifact | None) -> Planned:
-    with keys_of_arm(arm.of, arm.settings, arm.factors):
+    with p.keys():
         classifier = classifier_artifact(arm.experiment, p.storage, p.images, generated)
     return Planned(arm.name, arm.seed, arm.experiment, classifier, arm.settings, p.images, generated)
 
@@ -197,8 +202,9 @@ def rendering(own: Sequence[tuple[Arm, Pipeline]]) -> list[Pipeline]:
 
 
 def _ensure(p: Pipeline, stage: str, again: bool = False) -> None:
-    if again or not p.artifact(stage).complete:
-        p.do(stage, again)
+    with p.keys():
+        if again or not p.artifact(stage).complete:
+            p.do(stage, again)
 
 
 def set_key(p: Pipeline) -> str:
@@ -215,9 +221,10 @@ def _cover(needing: Mapping[int, Pipeline]) -> dict[int, Artifact]:
     groups: dict[tuple[str, str], list[int]] = {}
     ranks: dict[str, np.ndarray] = {}
     for i, p in needing.items():
-        groups.setdefault((set_key(p), p.plan.path), []).append(i)
-        if p.generated.path not in ranks:
-            ranks[p.generated.path] = wanted_ranks(p)
+        with p.keys():
+            groups.setdefault((set_key(p), p.plan.path), []).append(i)
+            if p.generated.path not in ranks:
+                ranks[p.generated.path] = wanted_ranks(p)
     found: dict[int, Artifact] = {}
     for members in groups.values():
         listed: list[Artifact] = []

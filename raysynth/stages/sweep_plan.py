@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raysynth.core.config import external_data
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.presets import resolve_classifier
 from raysynth.core.schemas import from_parquet
@@ -24,8 +23,9 @@ from raysynth.core.storage import Storage
 from raysynth.data.plans import keys_of_selection, plan_rows, plan_sources, select, selected_by, selection
 from raysynth.data.predictions import arrays, truth
 from raysynth.stages.external import external_plan
-from raysynth.stages.ingest import load_vocabulary
+from raysynth.stages.ingest import load_table, load_vocabulary
 from raysynth.stages.plan import wanted_rows
+from raysynth.stages.predictions import external_set, open_test_set
 from raysynth.stages.sweep import named_trials, set_key
 from raysynth.stages.train_classifier import STAGE as CLASSIFIERS
 from raysynth.synth.ledger import Ledger
@@ -124,12 +124,13 @@ def _sets(needing: Sequence[Pipeline]) -> list[SetWork]:
     rows: dict[str, dict[str, np.ndarray]] = {}
     one: dict[str, Pipeline] = {}
     for p in needing:
-        key, s = set_key(p), selection(p.experiment)
-        one.setdefault(key, p)
-        # The same selection of the same plan is read once, not once a seed.
-        choice = f"{p.plan.path} {s.ratio} {s.n_synth} {s.quota}"
-        if choice not in rows.setdefault(key, {}):
-            rows[key][choice] = _wanted(p)
+        with p.keys():
+            key, s = set_key(p), selection(p.experiment)
+            one.setdefault(key, p)
+            # The same selection of the same plan is read once, not once a seed.
+            choice = f"{p.plan.path} {s.ratio} {s.n_synth} {s.quota}"
+            if choice not in rows.setdefault(key, {}):
+                rows[key][choice] = _wanted(p)
     return [_work(one[key], np.unique(np.concatenate(list(parts.values())))) for key, parts in rows.items()]
 
 
@@ -202,22 +203,25 @@ def detectable(pipeline: Pipeline, experiment: Experiment) -> Detectable | None:
     from raysynth.metrics.power import minimum_detectable_difference
 
     v, kind = experiment.evaluation, experiment.data.labels.kind
-    own = v.primary.test_set == "test"
-    p = pipeline if own else type(pipeline)(external_data(experiment, v.primary.test_set))
-    if not (p.images.complete and pipeline.images.complete):
+    name, storage, images, of = v.primary.test_set, pipeline.storage, pipeline.images, experiment
+    if name != "test":
+        of, images = external_set(experiment, storage, name)
+    if not (images.complete and pipeline.images.complete):
         return None
-    table = from_parquet(p.storage.get(p.images.file("table.parquet")))
-    if own:  # of an external test set every image is tested
+    table = load_table(storage, images)
+    if name == "test":
         table = table.filter(pc.equal(table["split"], "test"))
-    policy = (experiment if own else p.experiment).data.labels.policy
-    classes = load_vocabulary(p.storage, pipeline.images)["classes"]
-    labels, _ = arrays(truth(table, v.primary.test_set, classes, policy, kind), classes)
-    counts = {name: (int((column == 1).sum()), int((column == 0).sum()))
-              for column, name in zip(labels.T, classes, strict=True)
-              if not v.findings or name in v.findings}  # fmt: skip
-    counts = {name: n for name, n in counts.items() if min(n) >= v.min_positives}
+    else:
+        ids = open_test_set(experiment, storage, pipeline.images, name).ids
+        table = table.filter(pc.is_in(table["image_id"], value_set=pa.array(ids, pa.string())))
+    classes = load_vocabulary(storage, pipeline.images)["classes"]
+    labels, _ = arrays(truth(table, name, classes, of.data.labels.policy, kind), classes)
+    counts = {finding: (int((column == 1).sum()), int((column == 0).sum()))
+              for column, finding in zip(labels.T, classes, strict=True)
+              if not v.findings or finding in v.findings}  # fmt: skip
+    counts = {finding: n for finding, n in counts.items() if min(n) >= v.min_positives}
     if not counts:
         return None
     n_pos, n_neg = ([n[i] for n in counts.values()] for i in (0, 1))
     difference = minimum_detectable_difference(v.primary.metric, n_pos, n_neg, kind)
-    return Detectable(v.primary.metric, v.primary.test_set, list(counts), n_pos, n_neg, difference)
+    return Detectable(v.primary.metric, name, list(counts), n_pos, n_neg, difference)

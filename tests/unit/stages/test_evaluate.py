@@ -54,7 +54,7 @@ def experiment(root: Path, labels: dict[str, Any] | None = None, **evaluation: A
 def ingested(storage: Storage, name: str, table: pa.Table | None = None) -> Artifact:
     artifact = Artifact.at(storage, "ingest", name, 1, {}, {})
     artifact.put("table.parquet", to_parquet(table if table is not None else pa.table({"image_id": ["i"]})))
-    artifact.commit({})
+    artifact.commit({"patients_by": "column"})
     return artifact
 
 
@@ -229,7 +229,8 @@ def raw(n: int = 100) -> pa.Table:
     """Images of which c0 is known in half, c1 in all."""
     known = np.arange(n) % 2 == 0
     return pa.table({
-        "image_id": [f"i{i:03d}" for i in range(n)], "split": ["test"] * n, "patient_id": [None] * n, "site": ["a"] * n,
+        "image_id": [f"i{i:03d}" for i in range(n)], "split": ["test"] * n, "patient_id": pa.nulls(n, pa.string()),
+        "site": ["a"] * n, "dataset": ["e"] * n, "pixel_sha256": [f"x{i}" for i in range(n)],
         "label_c0": pa.array(np.where(known, np.arange(n) % 4 // 2, -1), pa.int8()),
         "label_c1": pa.array(np.arange(n) % 5 == 0).cast(pa.int8()),
     })  # fmt: skip
@@ -245,7 +246,7 @@ def policies(
     images = ingested(open_storage(e.root), "own", raw())
     open_storage(e.root).put(images.file("vocabulary.json"), b'{"classes": ["c0", "c1"]}')
     for module in ("predictions", "pipeline"):
-        monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda *_: (images, None))
+        monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda *_, **__: (images, None))
     return e, images
 
 

@@ -22,6 +22,7 @@ from raysynth.core.storage import open_storage
 from raysynth.data.images import prepare
 from raysynth.data.quarantine import reason_kind
 from raysynth.data.reading import ImageReader
+from raysynth.stages import ingest as stage
 from raysynth.stages.ingest import STAGE_VERSION, _dark, _slices, ingest_artifact, part_rows
 from raysynth.stages.ingest_tasks import decode_slice, guarded
 from tests.dying import ends_its_process
@@ -95,6 +96,41 @@ def test_where_the_data_lies_and_stray_files_change_nothing(root: str, monkeypat
     assert fp(root) == before[1]
     storage.put("pics/a/stray.png", b"a picture that no row names")
     assert fp(root, **csv) == before[0]
+
+
+def split_in_two(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`data` of one picture that its source has in train and in test: of class folders, and of a table."""
+    storage, pixels = open_storage(root), np.zeros((8, 8), np.uint8)
+    lines = ["file,dx,fold"]
+    for top, name, value in (("train", "a", 1), ("test", "a", 1), ("train", "b", 2), ("test", "b", 3)):
+        sink = io.BytesIO()
+        Image.fromarray(pixels + np.arange(8, dtype=np.uint8) * np.uint8(value)).save(sink, "PNG")
+        storage.put(f"split/{top}/{name}/{value}.png", sink.getvalue())
+        lines.append(f"split/{top}/{name}/{value}.png,{name},{top}")
+    storage.put("split.csv", "\n".join(lines).encode())
+    columns = {"label": "dx", "split": "fold"}
+    return {"kind": "class_folders", "path": f"{root}/split"}, {"path": f"{root}/split.csv", "columns": columns}
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_test_set_from_elsewhere_has_no_splits(root: str, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    def here(items: list[dict[str, Any]], task: Any, **given: Any) -> list[pa.Table]:
+        return [task(pa.Table.from_pylist([item]), **given) for item in items]
+
+    monkeypatch.setattr(stage, "_run_tasks", here)
+    data = {**split_in_two(root)[kind], "image": {"size": 8}, "split": {"keep": f"{root}/gone"}}
+    e = build_experiment({"name": "x", "root": f"{root}/runs", "data": data})
+    own = build_experiment({"name": "x", "root": f"{root}/runs", "data": {**data, "split": {}}})
+    storage = open_storage(e.root)
+    with pytest.raises(DataError, match=r"data\.columns\.split: .*is in two fixed splits, train and test"):
+        stage.ingest(own, storage)
+    found = stage.ingest(e, storage, tested=True)
+    assert stage.load_table(storage, found)["split"].to_pylist() == ["test"] * 4
+    assert found.path != ingest_artifact(own, storage)[0].path
+    # Whoever asks for other fractions, or has no column of splits, tests the same images.
+    free = {**data, "split": {"val": 0.1}, "columns": {**data.get("columns", {}), "split": None}}
+    same = build_experiment({"name": "x", "root": f"{root}/runs", "data": free})
+    assert ingest_artifact(same, storage, tested=True)[0].path == found.path
 
 
 @pytest.mark.parametrize("rows_per_task", [1, 7, 100, 5000])

@@ -40,8 +40,8 @@ def test_evaluation_does_not_count_predictions(tmp_path: Path, monkeypatch: pyte
     said = SimpleNamespace(fp="x", path="predictions/x", run_info=lambda: {"counts": {"judged": 1}})
     trial: Any = SimpleNamespace(arm="real", seed=0, classifier=said)
     for name, does in {
-        "open_test_sets": lambda *_: [SimpleNamespace(name="test", ids=[])], "require_one_test_split": lambda *_: None,
-        "predictions_artifact": lambda *_: said, "predict_missing": waits(),
+        "open_test_sets": lambda *_: [SimpleNamespace(name="test", ids=[], seen=0)],
+        "require_one_test_split": lambda *_: None, "predictions_artifact": lambda *_: said, "predict_missing": waits(),
         "_judged": lambda *_: [metric_schema().empty_table()], "compare_arms": lambda *_: pd.DataFrame(),
     }.items():  # fmt: skip
         monkeypatch.setattr(evaluate, name, does)

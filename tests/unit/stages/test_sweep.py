@@ -12,9 +12,11 @@ from rich.console import Console
 
 from raysynth.core.artifacts import Artifact
 from raysynth.core.config import build_experiment
-from raysynth.core.errors import ConfigError, EnvironmentFault
+from raysynth.core.errors import ConfigError, DataError, EnvironmentFault
 from raysynth.core.experiment import Compute, Experiment
 from raysynth.core.storage import open_storage
+from raysynth.stages import after_ingest
+from raysynth.stages import pipeline as pipeline_of
 from raysynth.stages.pipeline import Pipeline
 from raysynth.stages.plan import plan
 from raysynth.stages.status import Status
@@ -125,6 +127,43 @@ def test_trials_have_names_once_their_images_are_there(tmp_path: Path) -> None:
     assert [t is None for t in named_trials(own)] == [False, False, True, True]
     with pytest.raises(EnvironmentFault, match=r"2 of 4 arms wait for their images\. Run `raysynth sweep` first"):
         find_trials(pipeline, pipeline.experiment)
+
+
+@pytest.mark.parametrize(("arm", "words"), [
+    ({"training_set.quota": {"c9": 5}}, r"quota\.c9: got 5"), ({"training_set.n_synth": 5000}, "n_synth: got 5000"),
+])  # fmt: skip
+@pytest.mark.parametrize("there", [True, False])
+def test_an_arm_that_selects_what_its_plan_has_not_is_named(
+    tmp_path: Path, arm: dict[str, Any], words: str, there: bool
+) -> None:
+    """Also where the others' plan is there already, and it is the first to be named by."""
+    arms = {k: ARMS[k] for k in ("real", "x1")}
+    if there:
+        planned(ingested(experiment(tmp_path, arms)))
+    pipeline = ingested(experiment(tmp_path, {**arms, "odd": arm}))
+    with pytest.raises(DataError, match=rf"^sweep\.arms\[odd\]\.training_set\.{words}"):
+        pipeline.run(["sweep"])
+    with pytest.raises(DataError, match=rf"^sweep\.arms\[odd\]\.training_set\.{words}"):
+        plan_of_sweep(pipeline, pipeline.experiment)
+
+
+def test_a_plan_that_is_there_is_not_made_again_to_look_at_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = ingested(experiment(tmp_path))
+    planned(pipeline)
+    monkeypatch.setattr(after_ingest, "plan_rows", pytest.fail)
+    after_ingest.check_arms(pipeline.arm_pipelines)
+
+
+def test_an_arm_with_images_of_its_own_ingests_no_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(pipeline_of, "ingest_test_sets", lambda e, *_: asked.append(e.data.age_bins))
+    monkeypatch.setattr(pipeline_of, "ingest", lambda e, storage: digit_artifact(storage, n=160, val=True))
+    monkeypatch.setattr(Pipeline, "resources", None)
+    e = experiment(tmp_path, {"real": ARMS["real"], "old": {**ARMS["real"], "data.age_bins": [70]}})
+    pipeline = Pipeline(e)
+    pipeline.do("ingest")
+    make_images(pipeline.arm_pipelines)
+    assert asked == [[18, 40, 60, 80]]
 
 
 def test_every_seed_of_an_arm_is_a_classifier_of_its_own(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def table(classes: list[str], each: int = 12, split: str = "test") -> pa.Table:
     n = each * len(classes)
     return pa.table({
         "image_id": [f"i{i:03d}" for i in range(n)], "split": [split] * n, "patient_id": [f"p{i}" for i in range(n)],
-        "site": ["a"] * n,
+        "site": ["a"] * n, "dataset": ["own"] * n, "pixel_sha256": [f"x{i}" for i in range(n)],
         **{f"label_{c}": pa.array(np.arange(n) // each == j).cast(pa.int8()) for j, c in enumerate(classes)},
     })  # fmt: skip
 
@@ -43,7 +44,7 @@ def images(storage: Storage, name: str, rows: pa.Table, classes: list[str]) -> A
     found = Artifact.at(storage, "ingest", name, 1, {"name": name}, {})
     found.put("table.parquet", to_parquet(rows))
     found.put("vocabulary.json", json.dumps({"classes": classes}).encode())
-    found.commit({})
+    found.commit({"patients_by": "column"})
     return found
 
 
@@ -60,7 +61,7 @@ def judged_on(
     found = {"own": images(storage, "own", table(KNOWN), KNOWN)}
     found |= {f"own-{name}": images(storage, name, table(classes), classes) for name, classes in sets.items()}
     for module in ("predictions", "pipeline"):
-        monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda x, _: (found[x.name], None))
+        monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda x, *_, **__: (found[x.name], None))
     return e, storage, found["own"]
 
 
@@ -151,6 +152,75 @@ def test_a_finding_that_nobody_knows_is_not_judged(
     ingest_test_sets(e, storage, own, pytest.fail)
     assert "mars" not in capsys.readouterr().out
     assert truth(table([*KNOWN, "other"]), "mars", KNOWN, {}, "multi")["true_benign"].to_pylist() == [1] * 12 + [0] * 24
+
+
+def trained_on(root: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> tuple[Experiment, Storage, Artifact]:
+    """An experiment of 16 train, 4 val and 4 test images, tested on `same`, all of these, and `mars`, 24 others."""
+    e = build_experiment({
+        "name": "own", "root": str(root), "data": {"kind": "digits"}, "classifier": {},
+        "evaluation": {"bootstraps": 100, "min_positives": 2, "primary": {"test_set": "same"},
+                       "test_sets": {"same": {}, "mars": {"kind": "digits", "path": "m"}}}, **sections,
+    })  # fmt: skip
+    storage, own = open_storage(e.root), table(KNOWN)
+    other = own.set_column(own.schema.get_field_index("pixel_sha256"), "pixel_sha256", [[f"m{i}" for i in range(24)]])
+    split = ["val" if i % 6 == 4 else "test" if i % 6 == 5 else "train" for i in range(24)]
+    rows = {"own-same": own, "own-mars": other, "own": own.set_column(1, "split", [split])}
+    found = {name: images(storage, name, t, KNOWN) for name, t in rows.items()}
+    for module in ("predictions", "pipeline"):
+        monkeypatch.setattr(f"raysynth.stages.{module}.ingest_artifact", lambda x, *_, **__: (found[x.name], None))
+    return e, storage, found["own"]
+
+
+def given_generator(root: Path, *pixels: str) -> str:
+    found = Artifact.at(open_storage(str(root)), "train-generator", "g", 2, {"pixels": pixels}, {})
+    found.put("seen.parquet", to_parquet(pa.table({"dataset": ["x"] * len(pixels), "pixel_sha256": pixels})))
+    found.commit({})
+    return found.storage.url(found.path)
+
+
+def test_what_is_trained_on_is_not_tested_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    e, storage, own = trained_on(tmp_path, monkeypatch)
+    ingest_test_sets(e, storage, own, pytest.fail)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "test set same: 20 of 24 images are train or val images of `data`, were seen by a given generator, " in told
+    assert "left out of every metric" in told
+    assert "mars" not in told
+
+    sets = {t.name: t for t in open_test_sets(e, storage, own)}
+    assert {name: (len(t.ids), t.seen) for name, t in sets.items()} == {
+        "test": (4, 0), "same": (4, 20), "mars": (24, 0),
+    }  # fmt: skip
+    assert sets["same"].ids == sets["test"].ids, "its own test images may stay"
+    trial = trained(e, storage)
+    asked = {n: predictions_artifact(trial, t).identity["config"] for n, t in sets.items()}
+    assert asked["mars"] == {"test_set": "mars", "policy": {}}
+    # Under other splits others are left: their predictions are not these.
+    moved = dataclasses.replace(sets["same"], ids=sets["mars"].ids[:4])
+    assert predictions_artifact(trial, moved).fp != predictions_artifact(trial, sets["same"]).fp
+    smallest = detectable(Pipeline(e), e)
+    assert smallest is not None
+    assert (smallest.n_pos, smallest.n_neg) == ([2, 2], [2, 2])
+
+
+def test_what_a_given_generator_saw_is_not_tested_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [given_generator(tmp_path / "other", *pixels) for pixels in (("m1", "m2"), ("m2", "m3", "x5"))]
+    arms = {"mix": {}, "other": {"generator.path": paths[1]}, "unknown": {"generator.path": str(tmp_path / "no")}}
+    sections = {"generator": {"path": paths[0]}, "training_set": {"ratio": 1}}
+    for sweep, seen in (({}, {"same": 20, "mars": 2}), ({"sweep": {"arms": arms}}, {"same": 21, "mars": 3})):
+        e, storage, own = trained_on(tmp_path / "runs", monkeypatch, **sections, **sweep)
+        assert {t.name: t.seen for t in open_test_sets(e, storage, own)[1:]} == seen
+    inside = f"train-generator/{Path(given_generator(tmp_path / 'runs', 'm1')).name}"
+    e, storage, own = trained_on(tmp_path / "runs", monkeypatch, generator={"path": inside})
+    assert open_test_sets(e, storage, own)[2].seen == 1
+
+
+def test_a_set_that_was_seen_as_a_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = given_generator(tmp_path / "other", *(f"m{i}" for i in range(24)))
+    e, storage, own = trained_on(tmp_path / "runs", monkeypatch, generator={"path": path})
+    with pytest.raises(DataError, match=r"^evaluation\.test_sets\.mars: got '24 of 24 images that are train or val "):
+        ingest_test_sets(e, storage, own, pytest.fail)
 
 
 def test_a_test_set_more_is_all_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
