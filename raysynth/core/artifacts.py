@@ -19,6 +19,13 @@ from raysynth.core.errors import NotReady
 from raysynth.core.identity import canonical_json, content_digest, fp12, plain, sha256_bytes
 from raysynth.core.storage import Storage
 
+STAGES = (
+    "ingest", "view", "train-generator", "plan", "generate", "train-classifier", "predictions", "fidelity", "sweep",
+    "evaluate", "report",
+)  # fmt: skip
+"""Folders of artifacts below a root, in the order they are made. What lies beside them is not ours to list or delete.
+"""
+
 RECORDED_PACKAGES = (
     "raysynth", "ray", "torch", "diffusers", "timm", "transformers", "pyarrow", "numpy", "pillow", "s3fs",
 )  # fmt: skip
@@ -35,6 +42,10 @@ class Artifact:
     """`{"version", "config", "inputs"}`: what the folder's fp12 is made of."""
     outputs: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"{self.stage} is none of {', '.join(STAGES)}")
 
     @classmethod
     def at(

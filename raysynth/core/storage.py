@@ -83,8 +83,9 @@ class Storage:
     def _walk(self, folder: str) -> Iterator[Entry]:
         raise FileNotFoundError(folder)
 
-    def staged(self) -> Sequence[Entry]:
-        """What writers have not finished, now or ever, sorted by path; `list` hides it. On S3 it is not an object."""
+    def staged(self, folder: str) -> Sequence[Entry]:
+        """What writers have not finished below `folder`, now or ever, sorted by path; `list` hides it. On S3 it is
+        not an object."""
         return []
 
     def folders(self, folder: str = "") -> Sequence[str]:
@@ -176,8 +177,8 @@ class LocalStorage(Storage):
     def _walk(self, folder: str) -> Iterator[Entry]:
         return self._files(folder, lambda name: not (name.startswith(".") and name.endswith(".tmp")))
 
-    def staged(self) -> Sequence[Entry]:
-        return sorted(self._files("", STAGED.fullmatch), key=lambda e: e.path)
+    def staged(self, folder: str) -> Sequence[Entry]:
+        return sorted(self._files(folder, STAGED.fullmatch), key=lambda e: e.path)
 
     def _files(self, folder: str, shown: Callable[[str], object]) -> Iterator[Entry]:
         top = self._full(folder)

@@ -96,8 +96,9 @@ def _text(value: Any, names: list[str]) -> str | None:
 
 def _class_names(schema: pa.Schema, name: str) -> list[str]:
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = described.get("info", {}).get("features", {}).get(name, {})
-    return list(feature.get("names", [])) if feature.get("_type") == "ClassLabel" else []
+    feature = described.get("info", {}).get("features", {}).get(name)
+    is_class = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    return list(feature.get("names", [])) if is_class else []
 
 
 def damage(error: BaseException) -> str | None:
@@ -167,6 +168,17 @@ def read_parquet(
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             wanted.append(image)
         with _whole(storage, name):
-            tables.append(file.read(columns=wanted))
-        locations += [f"{name}#{i}" for i in range(file.metadata.num_rows)]
-    return pa.concat_tables(tables, promote_options="permissive"), locations
+            table = file.read(columns=wanted)
+            table.validate(full=True)  # lengths, and that text is UTF-8
+            if table.num_rows != file.metadata.num_rows:
+                raise pa.ArrowInvalid(f"{table.num_rows:,} of {file.metadata.num_rows:,} rows are there")
+            for column in wanted:
+                _class_names(table.schema, column)
+        tables.append(table)
+        locations += [f"{name}#{i}" for i in range(table.num_rows)]
+    try:
+        return pa.concat_tables(tables, promote_options="permissive"), locations
+    except pa.ArrowTypeError as error:
+        raise DataError(
+            "data.path", storage.url(), "the same type in every file", f"{error}. Write one of them as the other."
+        ) from error

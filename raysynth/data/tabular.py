@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
+from collections.abc import Collection
 from contextlib import suppress
 
 import pyarrow as pa
 
 from raysynth.core.experiment import Data
 from raysynth.core.identity import sha256_bytes
-from raysynth.core.storage import Entry, Storage
+from raysynth.core.storage import Entry, LocalStorage, Storage
 from raysynth.data.found import LEAVES, NO_FILE, NO_ROW, Found, digest, is_image, listed
 from raysynth.data.labels import parse_findings, parse_names
 from raysynth.data.metadata import (
@@ -87,8 +89,9 @@ def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
     relative = [inside(storage, p.strip()) if p and p.strip() else "" for p in paths]
     named = {p for p in relative if p}
     # Only the top folders that rows point into: artifacts may well lie beside the data.
-    tops = {_top(p) for p in named}
+    tops = {t for t in map(_top, named) if not t or not link_leaves(storage, t)}
     entries = [e for top in ([""] if "" in tops else sorted(tops)) for e in listed(storage, top, "data.images", named)]
+    entries += _behind_links(storage, named.difference(e.path for e in entries), named)
     there = {e.path for e in entries}
     for row, path in enumerate(relative):
         if path == "":
@@ -103,6 +106,15 @@ def _check_files(data: Data, found: Found, paths: Cells) -> list[Entry]:
     found.extra += [(p, p, NO_ROW) for p in stray]
     found.notes += _folders_beside(storage, tops - {""})
     return [e for e in entries if e.path in named]
+
+
+def _behind_links(storage: Storage, unmet: Collection[str], named: Collection[str]) -> list[Entry]:
+    """Listing follows no linked folder: those of rows that it did not meet are listed by their names."""
+    if not isinstance(storage, LocalStorage):
+        return []
+    folders = {posixpath.dirname(p) for p in unmet if not link_leaves(storage, p)}
+    found = {e.path: e for f in sorted(folders - {""}) for e in listed(storage, f, "data.images", named)}
+    return [e for path, e in found.items() if path in unmet or path not in named]
 
 
 def _top(path: str) -> str:

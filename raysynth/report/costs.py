@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from raysynth.core.artifacts import Artifact
+from raysynth.core.artifacts import STAGES, Artifact
 from raysynth.core.errors import NotReady
 from raysynth.stages.generated import index_tables
 from raysynth.stages.predictions import open_test_sets, predictions_artifact
@@ -25,10 +25,6 @@ from raysynth.synth.wanted import held_by, pack
 
 if TYPE_CHECKING:
     from raysynth.stages.pipeline import Pipeline
-
-STAGES = (
-    "ingest", "view", "train-generator", "plan", "generate", "train-classifier", "predictions", "fidelity", "evaluate",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -105,12 +105,12 @@ def contact_sheet(
     """
     table = from_parquet(storage.get(images.file("table.parquet")))
     train = train_split(table)
-    cells = _Cells.of(train, experiment)
+    cells = _Cells.of(train, rows, experiment)
     real_cell, synthetic_cell = cells.names(train), cells.names(rows)
     ids, keys = train["image_id"].to_pylist(), rows["row_key"].to_pylist()
     order = seeded_order("contact sheet", 0, ids)
     by_rank = np.argsort(rows["rank"].to_numpy(), kind="stable")
-    shown = [c for c in cells.order if c in real_cell or c in synthetic_cell][:MOST_ROWS]
+    shown = cells.order[:MOST_ROWS]
     real = {c: [ids[i] for i in order if real_cell[i] == c][:REAL] for c in shown}
     synthetic = {c: [keys[i] for i in by_rank if synthetic_cell[i] == c][:SYNTHETIC] for c in shown}
 
@@ -160,22 +160,28 @@ class _Cells:
 
     rarest_first: list[str]
     attribute: str | None
-    order: list[tuple[str, str]]
     policy: Mapping[str, str]
+    order: list[tuple[str, str]] = field(default_factory=list)
+    """Every cell that an image is in; its category is empty where the image's is not known."""
 
     @classmethod
-    def of(cls, train: pa.Table, experiment: Experiment) -> _Cells:
+    def of(cls, train: pa.Table, rows: pa.Table, experiment: Experiment) -> _Cells:
+        """Cells of the real images of the train split and of the synthetic rows."""
         names, policy = label_names(train.schema), experiment.data.labels.policy
         positive = (used_labels(train, policy) == 1).sum(axis=0)
         rarest_first = [names[i] for i in np.argsort(positive, kind="stable")]
-        plain = cls(rarest_first, None, [], policy)
-        labels = sorted({label for label, _ in plain.names(train)}, key=[*names, NONE, UNKNOWN].index)
+        place = [*names, NONE, UNKNOWN].index
         asked = ["age_bin" if n == "age" else n for n in experiment.generator.conditions]
         for name in (n for n in asked if n in attribute_names(train.schema)):
             values = categories(name, train[ATTRIBUTE + name], experiment.data.age_bins)
-            if len(values) > 1 and len(labels) * len(values) <= MOST_ROWS:
-                return cls(rarest_first, name, [(label, v) for label in labels for v in values], policy)
-        return cls(rarest_first, None, [(label, "") for label in labels], policy)
+            cells = cls(rarest_first, name, policy)
+            held = {*cells.names(train), *cells.names(rows)}
+            if len(values) > 1 and len(held) <= MOST_ROWS:
+                others = sorted({v for _, v in held}.difference(values), key=lambda v: (not v, v))
+                column = [*values, *others].index
+                return replace(cells, order=sorted(held, key=lambda c: (place(c[0]), column(c[1]))))
+        cells = cls(rarest_first, None, policy)
+        return replace(cells, order=sorted({*cells.names(train), *cells.names(rows)}, key=lambda c: place(c[0])))
 
     def names(self, table: pa.Table) -> list[tuple[str, str]]:
         """The cell of each row of `table`."""
@@ -189,7 +195,7 @@ class _Cells:
 
     def words(self, cell: tuple[str, str], real: int, synthetic: int) -> tuple[str, str]:
         """Name and counts of a row."""
-        name = f"{cell[0]}, {self.attribute} {cell[1]}" if self.attribute else cell[0]
+        name = f"{cell[0]}, {self.attribute} {cell[1] or 'unknown'}" if self.attribute else cell[0]
         return name, f"{real:,} real, {synthetic:,} synthetic"
 
 

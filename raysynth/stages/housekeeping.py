@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from rich.filesize import decimal
 from rich.table import Table
 
+from raysynth.core.artifacts import STAGES
 from raysynth.core.lease import holder_of
 from raysynth.core.progress import console, say
 from raysynth.core.storage import Storage
@@ -25,9 +26,7 @@ LOOK_EVERY = 1000
 def _artifacts(storage: Storage) -> list[tuple[str, dict | None]]:
     """(folder, run.json or None if not complete) of every artifact."""
     found = []
-    for stage in storage.folders():
-        if stage == FOLDER or stage.startswith("."):
-            continue
+    for stage in STAGES:
         for name in storage.folders(stage):
             folder = f"{stage}/{name}"
             complete = storage.exists(f"{folder}/_SUCCESS")
@@ -80,8 +79,8 @@ def _shortened(users: list[str]) -> list[str]:
 
 
 def collect_garbage(storage: Storage, delete: bool) -> list[str]:
-    """Orphan parts and rows files of every synthetic set, and files anywhere whose writer died before they were whole;
-    at least an hour old. Deletes them if told.
+    """Orphan parts and rows files of every synthetic set, and files of artifacts and sets whose writer died before they
+    were whole; at least an hour old. Deletes them if told.
 
     Returns:
         Those found, or those deleted.
@@ -105,7 +104,7 @@ def collect_garbage(storage: Storage, delete: bool) -> list[str]:
         for path in _unused(store) if delete else map(store.file, orphans(store)):
             take(path)
     limit = time.time() - ORPHAN_AGE_S
-    for entry in storage.staged():
+    for entry in (e for folder in (*STAGES, FOLDER) for e in storage.staged(folder)):
         if entry.path.startswith(tuple(busy)):
             continue
         if entry.modified <= limit:

@@ -73,7 +73,7 @@ class DDIM(DDIMScheduler):
         """One step, Song 2021 (2010.02502), eq. 12 and 16.
 
         Args:
-            model_output: (B, C, H, W) prediction of epsilon or v. sample: (B, C, H, W).
+            model_output: (B, C, H, W) prediction of v, of the image or of epsilon. sample: (B, C, H, W).
             timestep: one of `timesteps`.
         """
         below = self.timesteps[self.timesteps < timestep]
@@ -82,12 +82,17 @@ class DDIM(DDIMScheduler):
         signal, noise = abar**0.5, (1 - abar) ** 0.5
         if self.config.prediction_type == "v_prediction":
             image, epsilon = signal * sample - noise * model_output, signal * model_output + noise * sample
+        elif self.config.prediction_type == "sample":
+            image, epsilon = model_output, (sample - signal * model_output) / noise
         else:
             image, epsilon = (sample - noise * model_output) / signal, model_output
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            image = self._threshold_sample(image)
+        elif self.config.clip_sample:
             image = image.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         sigma = eta * ((1 - to) / (1 - abar) * (1 - abar / to)) ** 0.5
-        sample = to**0.5 * image + (1 - to - sigma**2) ** 0.5 * epsilon
+        # From pure noise at eta 1 the difference is 0, which float32 may take 6e-8 below.
+        sample = to**0.5 * image + (1 - to - sigma**2).clamp(min=0) ** 0.5 * epsilon
         if eta > 0:
             drawn = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             sample = sample + sigma * drawn

@@ -27,7 +27,8 @@ def test_path_that_leaves_the_folder(tmp_path: Path, path: str) -> None:
     (root / "out").symlink_to(tmp_path)
     write_csv(storage, ["pics/0.png,a", f"{path},a", *(f"pics/{i}.png,a" for i in (1, 2, 3))])
     listing = list_source(data_of(str(root)), "x")
-    assert reasons(listing)[path] == "path leaves the image folder"
+    others = {"pics/link.png": "file without row"} if path != "pics/link.png" else {}
+    assert reasons(listing) == {path: "path leaves the image folder", **others}, "what lies behind the link is no stray"
     assert listing.rows.num_rows == 4
     with pytest.raises(BadImage, match="leaves"):
         ImageReader(data_of(str(root))).read(path)
@@ -44,6 +45,21 @@ def test_full_paths_below_the_folder_and_links_within_it_are_fine(tmp_path: Path
     write_csv(storage, [f"{tmp_path}/pics/0.png,a", "pics/link.png,a", "./pics/1.png,a"])
     listing = list_source(data_of(str(tmp_path)), "x")
     assert listing.rows["location"].to_pylist() == ["pics/0.png", "pics/link.png", "pics/1.png"]
+
+
+def test_images_in_a_linked_folder_below_the_images_are_found(tmp_path: Path) -> None:
+    storage = four(str(tmp_path))
+    storage.put("sets/first/8.png", picture(8))
+    storage.put("sets/first/stray.png", picture(9))
+    (tmp_path / "pics" / "first").symlink_to(tmp_path / "sets" / "first")
+    (tmp_path / "pics" / "loop").symlink_to(tmp_path / "pics")
+    write_csv(storage, ["pics/0.png,a", "pics/first/8.png,a", "pics/first/9.png,a"])
+    listing = list_source(data_of(str(tmp_path)), "x")
+    assert listing.rows["location"].to_pylist() == ["pics/0.png", "pics/first/8.png"]
+    assert reasons(listing)["pics/first/9.png"] == "row without file"
+    assert reasons(listing)["pics/first/stray.png"] == "file without row"
+    storage.put("sets/first/8.png", picture(7) + b"more")
+    assert list_source(data_of(str(tmp_path)), "x").digest != listing.digest, "new data is seen"
 
 
 def test_duplicate_id_keeps_the_first_row(tmp_path: Path) -> None:

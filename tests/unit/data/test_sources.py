@@ -189,6 +189,24 @@ def test_file_that_is_no_parquet(tmp_path: Path, content: bytes) -> None:
         list_source(data_of(str(tmp_path), "parquet"), "x")
 
 
+@pytest.mark.parametrize("flaw", ["text", "description", "types"])
+def test_parquet_whose_columns_cannot_be_read(tmp_path: Path, flaw: str) -> None:
+    storage, pictures = open_storage(str(tmp_path)), [picture(0), picture(1)]
+    latin = pa.array([b"m\xe9lanome", b"nv"], pa.binary())
+    words = pa.StringArray.from_buffers(2, latin.buffers()[1], latin.buffers()[2]) if flaw == "text" else ["a", "b"]
+    table = pa.table({"file": pictures, "dx": words})
+    if flaw == "description":
+        table = table.replace_schema_metadata({"huggingface": '{"info": {"features": {"dx"'})
+    storage.put("a.parquet", parquet(table))
+    if flaw == "types":
+        storage.put("b.parquet", parquet(pa.table({"file": pictures, "dx": [0, 1]})))
+    allowed = r"a whole parquet file. It is dam"
+    if flaw == "types":
+        allowed = r"the same type in every file\. .*string vs int64"
+    with pytest.raises(DataError, match=rf"data\.path: got .*{allowed}"):
+        list_source(data_of(str(tmp_path), "parquet"), "x")
+
+
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_damaged_parquet_page_costs_its_row_group_only(tmp_path: Path, compression: str) -> None:
     pictures = [picture(i) for i in range(4)]

@@ -122,7 +122,17 @@ def test_seven_classes_of_both_sexes_have_a_row_each(tmp_path: Path) -> None:
     assert [len(gap) for gap in blank.strip("-").split("x") if gap][:13] == [4, 16] * 6 + [4]
     table = pa.table({f"label_{i}": pa.array(np.eye(7)[i].repeat(5), pa.int8()) for i in range(7)}
                      | {"attr_sex": list("FMXYZ") * 7})  # fmt: skip
-    assert {value for _, value in _Cells.of(table, experiment(16, conditions=["label", "sex"])).order} == {""}
+    assert {value for _, value in _Cells.of(table, table, experiment(16, conditions=["label", "sex"])).order} == {""}
+
+
+def test_images_of_unknown_sex_have_rows_of_their_own() -> None:
+    labels = {f"label_{c}": pa.array(np.eye(2)[i].repeat(3), pa.int8()) for i, c in enumerate("ab")}
+    real = pa.table(labels | {"attr_sex": ["F", "M", None, None, None, None]})
+    synthetic = pa.table(labels | {"attr_sex": ["F", "F", "F", None, "X", None]})
+    cells = _Cells.of(real, synthetic, experiment(16, conditions=["label", "sex"]))
+    assert cells.order == [("a", "F"), ("a", "M"), ("a", ""), ("b", "X"), ("b", "")]
+    assert {*cells.names(real), *cells.names(synthetic)} == {*cells.order}, "every image has a row"
+    assert cells.words(("b", ""), 3, 2) == ("b, sex unknown", "3 real, 2 synthetic")
 
 
 def test_skin(tmp_path: Path, shared_data: Path) -> None:
@@ -150,7 +160,7 @@ def test_rows_of_the_sheet_follow_the_label_policy() -> None:
         labels = {"kind": "multi", "policy": {"a": policy}}
         e = build_experiment({"name": "x", "data": {"path": "x", "columns": {"findings": {"a": "a", "b": "b"}},
                                                     "labels": labels}})  # fmt: skip
-        cells = _Cells.of(table, e)
+        cells = _Cells.of(table, table, e)
         assert [name for name, _ in cells.names(table)] == names
         assert [name for name, _ in cells.order] == [n for n in ("a", "b", "none", "unknown") if n in names]
 

@@ -64,12 +64,26 @@ def test_a_network_that_errs_a_little_renders_a_little_wrong(sampler: Any, sched
         assert rendered(generator, sampler, steps, error=0.03) == pytest.approx(DEVIATION, abs=0.12), steps
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "sigmoid"])
+def test_all_of_ddims_noise_from_pure_noise_on(schedule: Any) -> None:
+    config = dict(make_scheduler(Generator(schedule=schedule)).config)
+    x, output = torch.randn(2, 1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for steps in range(2, 1001):  # float32 takes what is left below 0 at 191 to 278 of them, 20 and 25 among these
+        scheduler = make_sampler(config, Sampling(sampler="ddim", steps=steps, eta=1.0))
+        first = scheduler.timesteps[0]
+        assert scheduler.step(output, first, x, eta=1.0, generator=[torch.Generator()])[0].isfinite().all(), steps
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon"])
-def test_ddim_is_diffusers_where_steps_divide_the_timesteps(prediction: str, eta: float) -> None:
+@pytest.mark.parametrize("more", [
+    {"prediction_type": "v_prediction"}, {"prediction_type": "epsilon"}, {"prediction_type": "sample"},
+    {"prediction_type": "sample", "thresholding": True, "clip_sample": False},
+])  # fmt: skip
+def test_ddim_is_diffusers_where_steps_divide_the_timesteps(more: dict[str, Any], eta: float) -> None:
     from diffusers import DDIMScheduler
 
-    config = dict(make_scheduler(Generator(zero_terminal_snr=False)).config) | {"prediction_type": prediction}
+    trained = make_scheduler(Generator(zero_terminal_snr=False)).config
+    config = {k: v for k, v in trained.items() if not k.startswith("_")} | more
     ours = make_sampler(config, Sampling(sampler="ddim", steps=20))
     theirs: Any = DDIMScheduler.from_config(config)
     theirs.set_timesteps(20)
