@@ -80,7 +80,7 @@ def gather(pipeline: Pipeline, evaluated: Artifact, fidelities: Sequence[Artifac
         cost=cost(made, e.compute.price_per_gpu_hour),
         arms=_arms(pipeline, trials, facts),
         provenance=provenance(made),
-        notes=_notes(pipeline, metrics, facts),
+        notes=_notes(pipeline, metrics, facts, evaluated.run_info().get("left_out", {})),
         sheets=[(_sheet_words(q), q.storage.get(write_contact_sheet(q))) for q in rendered.values()],
         primary={"arm": p.arm, "against": p.against, "metric": p.metric, "test_set": p.test_set} if p.arm else None,
         confidence=e.evaluation.confidence,
@@ -186,11 +186,13 @@ def _sheet_words(p: Pipeline) -> str:
             f"{s.sampler}, {s.steps} steps, guidance {s.guidance_scale:g}")  # fmt: skip
 
 
-def _notes(pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, Any]]) -> list[str]:
+def _notes(
+    pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, Any]], left_out: dict[str, dict[str, int]]
+) -> list[str]:
     e = pipeline.experiment
     counts = pipeline.images.run_info()["counts"]
-    used, left_out = counts["images"], sum(counts["quarantined"].values())
-    notes = [f"Real images: {used:,} used, {left_out:,} quarantined with a reason. "
+    used, quarantined = counts["images"], sum(counts["quarantined"].values())
+    notes = [f"Real images: {used:,} used, {quarantined:,} quarantined with a reason. "
              f"Licence: {e.data.licence or 'not given'}."]  # fmt: skip
     least, most = (f(known["n_validation"] for known in facts) for f in (min, max))
     chosen_on = f"{least:,} real validation images"
@@ -198,6 +200,8 @@ def _notes(pipeline: Pipeline, metrics: pd.DataFrame, facts: Sequence[dict[str, 
         chosen_on = f"{least:,} to {most:,} real validation images an arm"
     notes.append(f"Checkpoints and thresholds were chosen on {chosen_on}, which count as real data used; no test image "
                  "was read for any choice.")  # fmt: skip
+    notes += [f"Test set “{name}”: {n:,} images {why} are left out of every metric."
+              for why, sets in left_out.items() for name, n in sets.items()]  # fmt: skip
     withheld = metrics[metrics["value"].isna()]
     if len(withheld):
         groups = withheld.drop_duplicates(["finding", "subgroup", "test_set"])

@@ -89,12 +89,13 @@ def evaluate(e: Experiment, storage: Storage, images: Artifact, trials: Sequence
     said = [{t.name: predictions_artifact(x, t) for t in sets} for x in trials]
     judged = {name: a.run_info()["counts"]["judged"] for name, a in said[0].items()}
     seen = {t.name: t.seen for t in sets if t.seen}
+    strange = {t.name: n for t in sets if (n := len(t.ids) - judged[t.name])}
     artifact.commit(
         {"classifiers": len(trials), "test_images": sum(judged.values()), "metrics": metrics.num_rows},
         trials={f"{x.arm}, seed {x.seed}": {"classifier": x.classifier.path,
                                             "predictions": {name: a.path for name, a in found.items()}}
                 for x, found in zip(trials, said, strict=True)},
-        seen_in_training=seen,
+        left_out={"seen in training": seen, "of no class that was trained": strange},
     )  # fmt: skip
     where = ", ".join(f"{name} ({n:,}{f'; {seen[name]:,} seen in training are left out' if name in seen else ''})"
                       for name, n in judged.items())  # fmt: skip

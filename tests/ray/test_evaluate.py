@@ -96,7 +96,9 @@ def test_predictions_are_stored_once_for_every_test_set(done: Pipeline) -> None:
         for c in CLASSES:
             assert len(table) - table[f"true_{c}"].null_count == judged
         assert sum(np.nansum(table[f"true_{c}"].to_numpy()) for c in CLASSES) == judged
-    assert done.evaluated.run_info()["counts"]["test_images"] == 570
+    told = done.evaluated.run_info()
+    assert told["counts"]["test_images"] == 570
+    assert told["left_out"] == {"seen in training": {}, "of no class that was trained": {"elsewhere": 1}}
     before = {entry.path: entry for entry in done.storage.list("predictions")}
     # Another number of resamplings judges the same predictions.
     other = Pipeline(vary(done.experiment, {"evaluation.bootstraps": 120}))

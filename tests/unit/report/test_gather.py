@@ -101,7 +101,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Experiment],
     tables = [judge_trial(t, sets, WHOLE.evaluation, "single") for t in trials]
     evaluated.put("metrics.parquet", to_parquet(pa.concat_tables(tables)))
     evaluated.put("comparisons.parquet", to_parquet(pa.table({})))
-    evaluated.commit({})
+    evaluated.commit({}, left_out={"seen in training": {"abroad": 1203}})
 
     def of(name: str) -> tuple[Arm, Any]:
         settings = {"training_set.strategy": ARMS[name]["strategy"]}
@@ -192,6 +192,7 @@ def test_a_row_of_two_plans_is_paid_once(tmp_path: Path) -> None:
 
 def test_validation_images_of_every_arm(data: ReportData) -> None:
     assert any("chosen on 30 to 60 real validation images an arm, which" in note for note in data.notes)
+    assert "Test set “abroad”: 1,203 images seen in training are left out of every metric." in data.notes
 
 
 def test_reliability_counts_an_image_once_a_seed(data: ReportData) -> None:
