@@ -14,6 +14,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 HASH_BITS = 64
+LONE = "image:"
+"""Begins the patient of an image that names none, where others do."""
 
 
 def close_pairs(hashes: np.ndarray, distance: int) -> np.ndarray:
@@ -79,7 +81,7 @@ def patients_and_units(
     """  # fmt: skip
     n = len(ids)
     if column is not None:
-        patients = [f"image:{ids[i]}" if p is None else p for i, p in enumerate(column)]
+        patients = [f"{LONE}{ids[i]}" if p is None else p for i, p in enumerate(column)]
         return patients, components(n, np.concatenate([chain(patients), chain(pixels)]))
     if hashes is None:
         return list(ids), np.arange(n)

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raysynth.data.grouping import LONE
+
 COLUMNS = ("dataset", "image_id", "patient_id", "pixel_sha256")
 """Of an image table, what tells whether an image or its patient was seen."""
-LONE = "image:"
-"""Begins the patient of an image that names none (see data.grouping)."""
 
 
 def seen_among(
